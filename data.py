@@ -1,0 +1,182 @@
+"""Problems: where they come from, and how one becomes a prompt.
+
+`load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, a hub dataset, or a procedural task of
+the library reasoning-gym. Whatever the source, a problem is chat messages and a gold answer.
+"""
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from reward import last_boxed
+
+BUILTIN_MODEL = str(Path(__file__).resolve().parent / "builtin")
+BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
+
+# A row is read by the first of these fields that it has.
+PROMPT_FIELDS = ("problem", "question", "prompt")
+ANSWER_FIELDS = ("answer", "solution", "ground_truth")
+EXPECTED = (f"expected one of {'|'.join(PROMPT_FIELDS)} with one of {'|'.join(ANSWER_FIELDS)}, "
+            "or verl's `prompt` with `reward_model.ground_truth`")
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used. The message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: int  # the row in its source, from 0: stable from run to run
+    messages: tuple  # chat messages, {"role", "content"}; the last asks for a boxed answer
+    answer: str  # gold answer, LaTeX or plain
+
+
+# ---- reading problems -------------------------------------------------------------------------------------------------
+
+def load_problems(spec, size=20_000, seed=0):
+    """All problems of `spec`, in their source's order, duplicates removed:
+
+        chain                       the built-in task (`size` problems, generated from `seed`)
+        reasoning_gym:NAME          procedural problems (`size` of them; pip install reasoning-gym)
+        FILE.jsonl, FILE.parquet    one problem a row
+        HUB/NAME or HUB/NAME:SPLIT  a hub dataset; the split is `train` unless named
+
+    Raises InputError, naming the file and the row, for what cannot be read.
+    """
+    if spec == "chain":
+        rows = chain_rows(size, seed)
+    elif spec.startswith("reasoning_gym:"):
+        rows = reasoning_gym_rows(spec.partition(":")[2], size, seed)
+    elif spec.endswith((".jsonl", ".parquet")):
+        rows = file_rows(Path(spec))
+    else:
+        rows = hub_rows(spec)
+    problems, seen = [], set()
+    for i, row in enumerate(rows):
+        problem = parse_row(row, i, spec)
+        key = hashlib.sha1(json.dumps([problem.messages, problem.answer]).encode()).digest()
+        if key not in seen:  # DAPO-17k on the hub repeats each problem a hundred times
+            seen.add(key)
+            problems.append(problem)
+    if not problems:
+        raise InputError(f"{spec}: has no problems; give a dataset with at least one row ({EXPECTED})")
+    return problems
+
+
+def file_rows(path):
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --dataset takes a .jsonl or .parquet file, a hub dataset, `chain`, or "
+                         "`reasoning_gym:NAME`")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"{path}: is not a parquet file ({error})") from None
+        return
+    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {i + 1}: is not JSON ({error}); expected one object a line") from None
+
+
+def hub_rows(spec):
+    name, _, split = spec.partition(":")
+    try:
+        import datasets
+        return datasets.load_dataset(name, split=split or "train")
+    except ImportError:
+        raise InputError(f"{spec}: reading hub datasets needs `pip install datasets`") from None
+    except Exception as error:  # the library raises a dozen kinds; each is about this name
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{spec}: is neither a .jsonl or .parquet file, `chain`, nor a hub dataset that can be read "
+                         f"from here ({reason})") from None
+
+
+def reasoning_gym_rows(name, size, seed):
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise InputError(f"reasoning_gym:{name} needs `pip install reasoning-gym`") from None
+    if name not in reasoning_gym.factory.DATASETS:
+        raise InputError(f"reasoning_gym:{name}: there is no such task; see reasoning_gym.factory.DATASETS, for "
+                         "example chain_sum")
+    for row in reasoning_gym.create_dataset(name, size=size, seed=seed):
+        yield {"question": row["question"], "answer": row["answer"]}
+
+
+def parse_row(row, i, spec):
+    """One row of any accepted layout as a Problem."""
+    where = f"{spec}, row {i + 1}"
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: is a {type(row).__name__}, not an object; {EXPECTED}")
+    prompt = next((row[f] for f in PROMPT_FIELDS if row.get(f)), None)
+    answer = next((row[f] for f in ANSWER_FIELDS if row.get(f) is not None), None)
+    if isinstance(row.get("reward_model"), dict):  # verl
+        answer = row["reward_model"].get("ground_truth")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt:
+        raise InputError(f"{where}: has no problem; {EXPECTED}")
+    if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt) or prompt[-1]["role"] != "user":
+        raise InputError(f"{where}: its prompt is not a list of chat messages that ends with the user's; {EXPECTED}")
+    if not isinstance(answer, str | int | float):
+        raise InputError(f"{where}: has no answer; {EXPECTED}")
+    answer = str(answer)
+    if "\\boxed" in answer:  # a worked solution
+        answer = last_boxed(answer) or ""
+    answer = answer.rpartition("####")[2].strip()  # GSM8K's
+    if not answer:
+        raise InputError(f"{where}: its answer is empty; every problem needs one to be verified against")
+    messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+    if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
+        messages[-1]["content"] += f" {BOXED_SUFFIX}"
+    return Problem(i, tuple(messages), answer)
+
+
+def split(problems, held_out, seed=0):
+    """(training problems, held-out problems), disjoint; at most a fifth is held out."""
+    order = random.Random(seed).sample(range(len(problems)), len(problems))
+    held_out = min(held_out, len(problems) // 5)
+    return [problems[i] for i in sorted(order[held_out:])], [problems[i] for i in order[:held_out]]
+
+
+# ---- from problem to prompt -----------------------------------------------------------------------------------------
+
+def load_tokenizer(model, trust_remote_code=False):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def render(messages, tokenizer):
+    """Token ids of the prompt, up to where the response begins. Base models have no chat template: plain text, then."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode("\n\n".join(m["content"] for m in messages) + "\n\n")
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+
+
+# ---- the built-in task ----------------------------------------------------------------------------------------------
+
+def chain_problem(rng, min_ops=2, max_ops=6):
+    """One chain of additions and subtractions modulo 10. More operations, more chances to slip: difficulty varies."""
+    value = rng.randrange(10)
+    text = str(value)
+    for _ in range(rng.randint(min_ops, max_ops)):
+        op, digit = rng.choice("+-"), rng.randrange(10)
+        text += f"{op}{digit}"
+        value = (value + digit if op == "+" else value - digit) % 10
+    return f"Compute {text} modulo 10.", str(value)
+
+
+def chain_rows(size, seed):
+    rng = random.Random(seed)
+    for _ in range(size):
+        question, answer = chain_problem(rng)
+        yield {"problem": question, "answer": answer}

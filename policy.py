@@ -1,0 +1,256 @@
+"""A model under FSDP with its optimiser, and the policy: the causal LM that is trained.
+
+Three ideas carry this file:
+
+1. Every rank knows the whole batch (token ids are small). `micro_batches` cuts it into shares and budgets without a
+   word between ranks, and so that all of them run equally many: FSDP's collectives would hang otherwise.
+2. The loss divides by token counts of the *whole* mini-batch, so neither the cut nor the number of ranks changes it.
+3. Log-probabilities of a 152k vocabulary are computed in chunks, and again in the backward: never all logits at once.
+"""
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data import InputError, load_tokenizer
+
+CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+def init_distributed() -> torch.device:
+    """Joins torchrun's process group; without torchrun, one process is a world of one. Returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    device, backend = torch.device("cpu"), "cpu:gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    # Ranks wait for the slowest rollout, which may take many minutes.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return device
+
+
+def check_model(model, tokens, trust_remote_code=False):
+    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
+    `tokens`: the longest sequence that it will have to read."""
+    if not os.path.isfile(f"{model}/config.json") and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        try:  # one request; transformers would try for half a minute
+            get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=10)
+        except Exception as error:
+            raise InputError(f"{model}: is neither a folder with a config.json nor a model on the hub that can be read "
+                             f"from here ({str(error).strip().splitlines()[0]})") from None
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}: its config.json cannot be used ({str(error).splitlines()[0]})") from None
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{model}: its tokenizer has {len(tokenizer)} tokens and its weights only {config.vocab_size}; "
+                         "the two do not belong together")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and tokens > context:
+        raise InputError(f"{model}: reads at most {context} tokens, and --max-prompt-tokens with --max-response-tokens "
+                         f"asks for {tokens}; lower them")
+
+
+def micro_batches(lengths, budget):
+    """Cuts rows into micro-batches of at most `budget` tokens, padding included, and deals them to the ranks.
+
+    lengths: tokens of every row of the mini-batch, the same list on every rank.
+    Returns this rank's list of lists of row numbers. All ranks get equally many lists; some may be empty. Rows are
+    sorted by length, so that little padding is left; a row longer than the budget gets a micro-batch of its own.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    shares = []
+    for r in range(world):
+        batches = []
+        for row in by_length[r::world]:
+            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:  # its first row is its longest
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        shares.append(batches)
+    most = max(map(len, shares))
+    return shares[rank] + [[]] * (most - len(shares[rank]))
+
+
+# ---- log-probabilities ----------------------------------------------------------------------------------------------
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[targets], and its entropy, without the [N, V] logits.
+
+    hidden [N, H], weight [V, H], targets [N] -> logprobs [N], entropy [N] (a metric: no gradient flows through it).
+    """
+
+    @staticmethod
+    def _logits(hidden, weight, temperature):
+        logits = hidden @ weight.T
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        logprobs, entropy, normaliser = [], [], []
+        for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = ChunkedLogProbs._logits(h, weight, temperature)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            logits -= log_z  # now log-probabilities
+            logprobs.append(logits.gather(-1, target[:, None])[:, 0])
+            entropy.append(-(logits.exp() * logits).sum(-1))
+            normaliser.append(log_z)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normaliser))
+        ctx.temperature, ctx.rows = temperature, rows
+        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), ctx.rows):
+            chunk = slice(i, i + ctx.rows)
+            logits = ChunkedLogProbs._logits(hidden[chunk], weight, ctx.temperature)
+            # d logprob[target] / d logits = (onehot(target) - softmax) / temperature
+            d_logits = logits.sub_(normaliser[chunk]).exp_().neg_()
+            d_logits.scatter_add_(-1, targets[chunk, None], torch.ones_like(d_logits[:, :1]))
+            d_logits = (d_logits * (grad[chunk, None] / ctx.temperature)).to(hidden.dtype)
+            grad_hidden[chunk] = d_logits @ weight
+            grad_weight.addmm_(d_logits.T, hidden[chunk])
+        return grad_hidden, grad_weight, None, None
+
+
+class LogProbModel(nn.Module):
+    """A causal LM that answers with the log-probabilities of given tokens. The output layer is applied in here, inside
+    the forward that FSDP knows of, so that its weight is gathered when it is needed."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids, scored, temperature):
+        """ids [b, L] right-padded; scored [b, L-1] bool: predict ids[:, 1:] there -> logprobs, entropy: [scored.sum()].
+        No attention mask: nothing attends to padding that stands on its right, and the fast causal kernel applies."""
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        weight = self.lm.get_output_embeddings().weight
+        return ChunkedLogProbs.apply(hidden[scored], weight, ids[:, 1:][scored], temperature)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+class Trained:
+    """A module sharded by FSDP2, with AdamW: what the policy and the critics have in common.
+
+    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`.
+    """
+
+    def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
+                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False):
+        self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
+        self.dtype = getattr(torch, dtype)
+        backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
+        if checkpoint_activations:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        options = dict(
+            mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+            mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
+            offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+        blocks = set(backbone._no_split_modules or ())
+        for block in [m for m in module.modules() if type(m).__name__ in blocks]:
+            fully_shard(block.float(), **options)  # one block at a time in float32: a whole model might not fit
+        self.module = fully_shard(module.float(), **options).train()
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.size = sum(p.numel() for p in module.parameters())
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+
+    def optimize(self, lengths, loss_of):
+        """One optimiser step. `loss_of(rows) -> (loss, metrics)` of one micro-batch, whose sums over all micro-batches
+        and ranks are the loss and the metrics of the mini-batch; `rows` may be empty. Returns the summed metrics."""
+        totals = {}
+        for rows in micro_batches(lengths, self.micro_batch_tokens):
+            loss, metrics = loss_of(rows)
+            (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the sum is wanted
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        values = torch.tensor(list(totals.values()), dtype=torch.float64)
+        dist.all_reduce(values)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return dict(zip(totals, values.tolist(), strict=True), grad_norm=norm.full_tensor().item())
+
+
+class Policy(Trained):
+    """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
+
+    def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
+        lm = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+        head = lm.get_output_embeddings()
+        if head.bias is not None or any(getattr(lm.config, key, None) for key in ("final_logit_softcapping", "logit_scale")):
+            raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "
+                             "chunked log-probabilities do not compute; use a model without (Qwen, Llama, Mistral)")
+        self.save_dtype = lm.dtype
+        self.temperature = temperature
+        super().__init__(LogProbModel(lm), device, **options)
+
+    def score(self, sequences):
+        """Log-probabilities and entropies of responses under the current weights, with gradient.
+
+        sequences: list of (prompt ids, response ids); may be empty, for a rank that only keeps others company.
+        Returns logprobs, entropy [b, T], T the longest response here; 0 beyond a response's end.
+        """
+        sequences = sequences or [([0, 0], [])]
+        length = max(len(p) + len(r) for p, r in sequences)
+        ids = torch.zeros(len(sequences), length, dtype=torch.long)
+        scored = torch.zeros(len(sequences), length - 1, dtype=torch.bool)
+        mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
+        for i, (prompt, response) in enumerate(sequences):
+            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+            scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+            mask[i, : len(response)] = True
+        mask = mask.to(self.device)
+        flat = self.module(ids.to(self.device), scored.to(self.device), self.temperature)
+        # `scored` and `mask` have the same number of True in each row, so row-major order matches.
+        return tuple(torch.zeros(mask.shape, dtype=f.dtype, device=self.device).masked_scatter(mask, f) for f in flat)
+
+    @torch.no_grad()
+    def logprobs(self, sequences):
+        """Log-probabilities [B, T] of all responses, on the CPU, the same on every rank; the ranks share the work."""
+        longest = max(len(r) for _, r in sequences)
+        result = torch.zeros(len(sequences), longest)
+        for rows in micro_batches([len(p) + len(r) for p, r in sequences], self.micro_batch_tokens):
+            logprobs, _ = self.score([sequences[row] for row in rows])
+            if rows:
+                result[rows, : logprobs.shape[1]] = logprobs.cpu().float()
+        dist.all_reduce(result)  # each row was written by one rank
+        return result
+
+    def weights(self, dtype=None):
+        """(Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""
+        self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
+        for name, shard in self.module.lm.named_parameters():
+            yield name, shard.detach().to(self.device, dtype or self.dtype).full_tensor()
+
+    def save(self, folder):
+        """Writes a Hugging Face folder that transformers and vLLM load. All ranks must call it."""
+        state = {name: tensor.cpu() for name, tensor in self.weights(self.save_dtype) if dist.get_rank() == 0}
+        if dist.get_rank() == 0:
+            self.module.lm.config.dtype = self.save_dtype
+            self.module.lm.save_pretrained(folder, state_dict=state)
+        dist.barrier()

@@ -1,0 +1,208 @@
+"""Verification: is a response's final answer mathematically equal to the gold answer? 1 or 0, nothing between.
+
+The last `\\boxed{}` after any `</think>` is the answer, and math-verify (sympy underneath) compares it with the gold
+one. A policy is an adversary: it will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns, not
+even to math-verify's own alarm. So `Verifier` runs every comparison in a process that can be killed.
+"""
+import json
+import multiprocessing
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+
+MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
+MAX_WORKER_BYTES = 4 << 30  # address space of a worker: an answer must not eat the machine
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
+# What may stand between two boxes that together are one answer: `\boxed{3} and \boxed{4}`.
+_SEPARATOR = re.compile(r"(?:\s|[$,;.&{}]|\\[()\[\],;!]|\\text|\\quad|\\(?:lor|vee|cup)\b|\bor\b|\band\b)*")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+# ---- which part of a response is its answer -------------------------------------------------------------------------
+
+def _boxes(text):
+    """(start, end, content) of every outermost complete `\\boxed{...}`, in one pass: a stack, never a rescan."""
+    stack, boxes = [], []
+    for token in _BRACES.finditer(text):
+        if token[0].startswith("\\boxed"):
+            stack.append(token)
+        elif token[0] == "{":
+            stack.append(None)
+        elif token[0] == "}" and stack:
+            opening = stack.pop()
+            if opening:
+                while boxes and boxes[-1][0] > opening.start():
+                    boxes.pop()  # it stood inside this one
+                boxes.append((opening.start(), token.end(), text[opening.end() : token.start()].strip()))
+    return boxes
+
+
+def last_boxed(text):
+    """The content of the last `\\boxed{}` in `text`, or None. Boxes joined by commas or "or" are one answer, a list:
+    whoever writes `\\boxed{26} or \\boxed{27}` has not answered 27."""
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    contents, begin = [boxes[-1][2]], boxes[-1][0]
+    for start, end, content in reversed(boxes[:-1]):
+        if not _SEPARATOR.fullmatch(text, end, begin):
+            break
+        if content not in contents:
+            contents.insert(0, content)
+        begin = start
+    return ", ".join(contents)
+
+
+def extract_answer(response, mode="boxed"):
+    """The final answer of a response, or None. `mode="any"` takes the last number where there is no box."""
+    conclusion = response.rpartition("</think>")[2]
+    answer = last_boxed(conclusion)
+    if answer is None and mode == "any":
+        numbers = _NUMBER.findall(conclusion)
+        answer = numbers[-1] if numbers else None
+    return answer
+
+
+# ---- is it equal to the gold answer? --------------------------------------------------------------------------------
+
+def _parse(answer):
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse  # 1 s of imports: only workers pay it
+    # math-verify reads `a \lor b` as b alone: a list of candidates must stay a list.
+    answer = re.sub(r"\\(?:lor|vee)\b", r"\\text{ or }", answer)
+    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return parse(f"\\boxed{{{answer}}}", targets, parsing_timeout=None)  # the deadline is the Verifier's
+
+
+def equal(answer, gold):
+    """Mathematical equality of two answers, without any deadline: call it in a process that may be killed."""
+    from math_verify import verify as math_verify
+    return math_verify(_parse(gold), _parse(answer), timeout_seconds=None)
+
+
+def verify(response, answer, mode="boxed"):
+    """1.0 if the response's final answer equals `answer`, else 0.0. In this process and without a deadline: for
+    trusted text. `Verifier` is for the output of a policy."""
+    candidate = extract_answer(response, mode)
+    if not candidate or len(candidate) > MAX_ANSWER_CHARS:
+        return 0.0
+    return float(equal(candidate, answer))
+
+
+class Verifier:
+    """Verifies in `workers` processes; a comparison that takes longer than `timeout` seconds scores 0.
+
+    The processes are started fresh (`python reward.py`), so they inherit neither CUDA nor threads. `timeouts` and
+    `crashes` count the responses that were given up.
+    """
+
+    def __init__(self, workers=2, timeout=1.0, mode="boxed"):
+        self.timeout, self.mode, self.timeouts, self.crashes = timeout, mode, 0, 0
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each only waits for a process
+        self._idle = queue.SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(self._start())
+
+    def _start(self):
+        return subprocess.Popen([sys.executable, os.path.abspath(__file__), str(self.timeout)], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+    def submit(self, response, answer) -> Future:
+        """Starts verifying; `.result()` of what it returns is the reward. Lets verification overlap generation."""
+        candidate = extract_answer(response, self.mode)
+        if not candidate or len(candidate) > MAX_ANSWER_CHARS:
+            nothing = Future()
+            nothing.set_result(0.0)
+            return nothing
+        return self._threads.submit(self._ask, candidate, answer)
+
+    def score(self, responses, answers) -> list[float]:
+        """The reward of each response, in order."""
+        return [future.result() for future in [self.submit(*pair) for pair in zip(responses, answers, strict=True)]]
+
+    def unverifiable(self, answers) -> list[int]:
+        """Positions of the gold answers that do not even equal themselves: no response could ever be paid for them."""
+        asked = {a: self._threads.submit(self._ask, a, a) for a in dict.fromkeys(answers) if not a.isdecimal()}
+        return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
+
+    def _ask(self, candidate, answer):
+        worker = self._idle.get()
+        try:
+            worker.stdin.write(json.dumps([candidate, answer]) + "\n")
+            worker.stdin.flush()
+            verdict = worker.stdout.readline().strip()
+        except OSError:
+            verdict = ""
+        if not verdict:  # the worker itself is gone (killed from outside, out of memory)
+            worker.kill()
+            worker, verdict = self._start(), "crash"
+        self._idle.put(worker)
+        self.timeouts += verdict == "timeout"
+        self.crashes += verdict == "crash"
+        return float(verdict == "equal")
+
+    def close(self):
+        self._threads.shutdown()
+        while not self._idle.empty():
+            worker = self._idle.get()
+            worker.stdin.close()
+            worker.wait()
+
+
+# ---- a worker: one process that keeps the time, one that does the sums ----------------------------------------------
+
+def _compare_forever(pipe, parents_end, timeout):
+    # Without these, this process would hold its parent's pipes open, and nobody would notice the parent's death.
+    parents_end.close()
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    if hasattr(signal, "alarm"):
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
+    while True:
+        candidate, gold = pipe.recv()
+        if hasattr(signal, "alarm"):
+            signal.alarm(int(timeout) + 2)  # should the timekeeper die, this process does not compute for ever
+        try:
+            pipe.send("equal" if equal(candidate, gold) else "different")
+        except Exception:  # whatever sympy raises on hostile text (RecursionError, MemoryError), it is no right answer
+            pipe.send("different")
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+
+
+def _work(timeout):
+    """Reads jobs from stdin, writes verdicts to stdout. A child compares; when it overruns, it is killed and forked
+    anew. Forking here is safe (no threads, no CUDA) and takes milliseconds, where a new import of sympy takes 1 s."""
+    equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables, once, before the first fork
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    child = None
+    for line in sys.stdin:
+        if child is None:
+            pipe, theirs = context.Pipe()
+            child = context.Process(target=_compare_forever, args=(theirs, pipe, timeout), daemon=True)
+            child.start()
+            theirs.close()  # so that a dead child is an end of file here
+        pipe.send(json.loads(line))
+        verdict = "timeout"
+        if pipe.poll(timeout):
+            try:
+                verdict = pipe.recv()
+            except EOFError:
+                verdict = "crash"
+        if verdict in ("timeout", "crash"):
+            child.kill()
+            child.join()
+            child = None
+        print(verdict, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; the workers end with its pipe
+    import logging
+    logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
+    _work(float(sys.argv[1]))

@@ -1,0 +1,396 @@
+"""SPPO: Sequence-Level PPO for reasoning models (arXiv 2604.08865), top to bottom.
+
+    python sppo.py                                                    the built-in model learns, on a laptop
+    torchrun --nproc-per-node 8 sppo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --dataset ...     the real run
+
+A response is one action, not thousands: sample *one* response y for each prompt s, verify it (R is 1 or 0), and
+subtract what a scalar critic, which read the prompt alone, expected:
+
+    A = R - V(s)                                   the same for every token of y; not normalised
+    r_t = pi(y_t | s, y_<t) / pi_old(y_t | s, y_<t)
+    maximise  min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)      averaged over all tokens of the mini-batch
+    fit V with binary cross-entropy against R
+
+No group of samples per prompt as in GRPO, no value per token as in PPO. Reading order: `sequence_advantages` and
+`clipped_policy_loss` are the mathematics, `SPPO` is the baseline, `train` is the loop; then critic.py, policy.py,
+rollout.py, reward.py. The other algorithms import the loop from here and bring their own baseline.
+"""
+import random
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+
+from cli import Clock, CommandLine, Log, clear_errors, option, say
+from critic import PromptCritic, calibration
+from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer, render, split
+from policy import Policy, check_model, init_distributed
+from reward import Verifier
+from rollout import Response, make_engine, stop_tokens
+
+
+@dataclass
+class Config(CommandLine):
+    model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder (default: the built-in model)")
+    critic_model: str | None = option(None, "where the critic starts from (default: the policy's model)")
+    dataset: str = option("chain", "chain (built in), reasoning_gym:NAME, FILE.jsonl, FILE.parquet, or HUB/NAME[:SPLIT]")
+    answer: Literal["boxed", "any"] = option("boxed", "what counts as an answer: the last \\boxed{}, or failing that any last number")
+    output: str = option("runs/sppo", "folder for metrics.jsonl, TensorBoard events and the trained model")
+    steps: int = option(500, "training steps: one rollout and its updates each")
+    prompts_per_step: int = option(256, "prompts sampled in a step")
+    minibatch: int = option(128, "prompts, with all their samples, in one optimiser step")
+    lr: float = option(1e-6, "learning rate of the policy")
+    critic_lr: float = option(5e-6, "learning rate of the critic")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    warmup_steps: int = option(10, "optimiser steps over which the learning rates rise to their constant values")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
+    clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
+    temperature: float = option(0.6, "sampling temperature; the ratio compares log-probabilities at it")
+    max_prompt_tokens: int = option(1024, "longer prompts are dropped, aloud")
+    max_response_tokens: int = option(8192, "a response that needs more has no answer")
+    eval_every: int = option(10, "steps between evaluations on held-out problems (0: never)")
+    eval_problems: int = option(256, "problems held out of the dataset, a fifth of it at most")
+    engine: Literal["auto", "vllm", "transformers"] = option("auto", "what samples; auto is vllm where it is installed")
+    tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine")
+    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "compute type; weights and optimiser stay float32")
+    micro_batch_tokens: int = option(16384, "tokens per forward and backward on a rank; lower it if memory runs out")
+    checkpoint_activations: bool = option(True, "recompute activations in the backward: a third more compute, far less memory")
+    offload: bool = option(False, "keep parameters and optimiser state in host memory")
+    reward_workers: int = option(2, "verifier processes on each rank")
+    reward_timeout: float = option(1.0, "seconds after which a verification is given up, and scores 0")
+    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
+    wandb: str | None = option(None, "log to this Weights & Biases project")
+    seed: int = option(0, "of data order and sampling")
+    deterministic: bool = option(False, "the same command gives the same numbers, on the same machine, at some cost in speed")
+
+    # What differs when no --model is given: a model of 360k parameters wants other settings than one of 1.5 billion.
+    BUILTIN: ClassVar[dict] = dict(
+        steps=40, minibatch=64, lr=3e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28, temperature=1.0,
+        max_prompt_tokens=64, max_response_tokens=64, eval_every=5, dtype="float32", checkpoint_activations=False)
+
+
+# ---- the mathematics ------------------------------------------------------------------------------------------------
+
+def sequence_advantages(rewards, value_logits):
+    """A = R - V(s), V = sigmoid(logit): one number per response (arXiv 2604.08865). rewards, value_logits [B] -> [B]."""
+    return rewards - value_logits.sigmoid()
+
+
+def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2, dual_clip=3.0,
+                        num_tokens=None):
+    """PPO's clipped surrogate, per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    logprobs, old_logprobs [B, T]; advantages [B] (every token of a response has the same) or [B, T]; mask [B, T] is 1
+    on response tokens. `dual_clip` bounds the objective from below by dual_clip * A where A < 0, so that one token
+    that became far more likely cannot dominate a batch (arXiv 1912.09729); None turns the bound off.
+    Returns (loss, metrics): means over the mask, or sums over `num_tokens` where it is given. A mini-batch cut into
+    micro-batches passes the whole mini-batch's count, and its losses and metrics simply add up.
+    """
+    mask = mask.to(logprobs.dtype)
+    advantages = advantages.to(logprobs.dtype)
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    num_tokens = mask.sum() if num_tokens is None else num_tokens
+    log_ratio = (logprobs - old_logprobs) * mask  # beyond a response's end there is nothing to compare
+    ratio = log_ratio.clamp(-20, 20).exp()
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    objective = torch.minimum(free, clipped)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    loss = -(objective * mask).sum() / num_tokens
+    with torch.no_grad():
+        def share(x):
+            return (x * mask).sum() / num_tokens
+        metrics = {"clip_fraction": share(clipped < free),
+                   "kl": share(ratio - 1 - log_ratio)}  # how far this mini-batch has left the sampling policy
+        if dual_clip is not None:
+            metrics["dual_clip_fraction"] = share((advantages < 0) & (free < dual_clip * advantages))
+    return loss, metrics
+
+
+# ---- baselines: what is subtracted from the reward ------------------------------------------------------------------
+
+class Baseline:
+    """What tells one algorithm from another. `run` gives it the config, the problems, the policy and `run.sample`."""
+
+    samples_per_prompt = 1
+    wants_greedy = False  # also sample each prompt's greedy response, in the same pass of the engine
+
+    def __init__(self, run):
+        self.run = run
+
+    def next_problems(self, step, count):
+        """The problems of a step (from 1). By default every problem once an epoch, in an order drawn anew each time.
+        A function of the step alone, so that a resumed run goes on where it was."""
+        problems = self.run.problems
+        places = [divmod(i, len(problems)) for i in range((step - 1) * count, step * count)]
+        orders = {epoch: random.Random(f"{self.run.config.seed}/{epoch}").sample(problems, len(problems))
+                  for epoch in {epoch for epoch, _ in places}}
+        return [orders[epoch][i] for epoch, i in places]
+
+    def advantages(self, batch):
+        """What the policy loss multiplies: [B], or [B, T] for an algorithm with a value per token."""
+        raise NotImplementedError
+
+    def update(self, batch):
+        """Learns from the batch after the policy did. Returns metrics."""
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class SPPO(Baseline):
+    """One sample per prompt, against a scalar critic's expectation."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        c = run.config
+        self.critic = PromptCritic(c.critic_model or c.model, run.device, minibatch=c.minibatch, lr=c.critic_lr,
+                                   **training_options(c))
+
+    def advantages(self, batch):
+        self.prompts = self.critic.encode(batch.problems)  # as the critic's own tokenizer and template have it
+        self.logits = self.critic.logits(self.prompts)
+        return sequence_advantages(batch.rewards, self.logits)
+
+    def update(self, batch):
+        return {**calibration(self.logits, batch.rewards), **self.critic.update(self.prompts, batch.rewards)}
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    """B responses; the samples of one prompt are adjacent. The same on every rank."""
+    problems: list[Problem]  # [B], a problem repeated for each of its samples
+    prompts: list[list[int]]  # [B] token ids
+    responses: list[Response]  # [B]
+    rewards: torch.Tensor  # [B], 0 or 1
+    greedy_rewards: torch.Tensor | None = None  # [number of prompts], where the baseline wants them
+    old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None where a step needs none
+
+    def __post_init__(self):
+        self.lengths = torch.tensor([len(r.ids) for r in self.responses])
+        self.mask = torch.arange(int(self.lengths.max())) < self.lengths[:, None]  # [B, T]
+        self.rollout_logprobs = torch.zeros(self.mask.shape)  # [B, T], as the engine saw them
+        self.rollout_logprobs[self.mask] = torch.tensor([lp for r in self.responses for lp in r.logprobs])
+        self.sequences = [(p, r.ids) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+
+class Run:
+    """The parts of a training run, put together; and sampling, which the loop, evaluation and baselines share."""
+
+    def __init__(self, config):
+        self.config = c = config
+        check_options(c)
+        self.tokenizer, self.problems, self.held_out = load_data(c)
+        self.device = init_distributed()
+        if dist.get_world_size() % c.tensor_parallel:
+            raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
+        self.clock = Clock(self.device)
+        self.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
+        check_answers(self, c.dataset)
+        torch.manual_seed(c.seed)
+        torch.use_deterministic_algorithms(c.deterministic)
+        self.random = random.Random(c.seed)  # the same on every rank
+        # The engine goes first: on a GPU it sizes its cache by what is free, and then sleeps until it is needed.
+        self.engine = make_engine(
+            c.engine, c.model, self.device, stop=stop_tokens(c.model, self.tokenizer), dtype=c.dtype, seed=c.seed,
+            max_tokens=c.max_prompt_tokens + c.max_response_tokens, tensor_parallel=c.tensor_parallel,
+            memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
+        self.engine.sleep()
+        self.policy = Policy(c.model, self.device, temperature=c.temperature, lr=c.lr, **training_options(c))
+        self.engine.sync(self.policy.weights())
+
+    def sample(self, problems, samples=1, greedy=False):
+        """Samples and verifies `samples` responses per problem; the ranks share the work, and all get the whole Batch.
+        With `greedy`, each problem's greedy response is also generated, and its reward kept in `greedy_rewards`."""
+        c, world = self.config, dist.get_world_size()
+        first_seed = self.random.getrandbits(40)
+        prompts = [render(p.messages, self.tokenizer) for p in problems]
+        # One job per response: (number of the problem, number of the sample); the sample after the last is greedy.
+        jobs = [(i, k) for i in range(len(problems)) for k in range(samples + greedy)]
+        engine_of_this_rank, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
+        mine = [j for j, (i, _) in enumerate(jobs) if i % engines == engine_of_this_rank]
+        done = {}
+        with self.clock("rollout"):
+            for n, response in self.engine.generate(
+                    [prompts[jobs[j][0]] for j in mine],
+                    temperature=[c.temperature if jobs[j][1] < samples else 0.0 for j in mine],
+                    max_tokens=c.max_response_tokens,
+                    seeds=[first_seed + j for j in mine] if c.deterministic else None):
+                # Verified while others are still being written. Cut off means no answer, whatever the text says.
+                text = self.tokenizer.decode(response.ids, skip_special_tokens=True) if response.finished else ""
+                done[mine[n]] = response, self.verifier.submit(text, problems[jobs[mine[n]][0]].answer)
+        with self.clock("reward"):
+            parts = [None] * world
+            dist.all_gather_object(parts, {j: (response, reward.result()) for j, (response, reward) in done.items()})
+            done = {j: result for part in parts for j, result in part.items()}
+        sampled = [j for j, (_, k) in enumerate(jobs) if k < samples]
+        return Batch(
+            problems=[problems[jobs[j][0]] for j in sampled], prompts=[prompts[jobs[j][0]] for j in sampled],
+            responses=[done[j][0] for j in sampled], rewards=torch.tensor([done[j][1] for j in sampled]),
+            greedy_rewards=torch.tensor([done[j][1] for j, (_, k) in enumerate(jobs) if k == samples]))
+
+
+def train(config, make_baseline):
+    """Trains `config.model`, with what `make_baseline(run)` returns subtracted from the reward."""
+    with clear_errors():
+        run = Run(config)
+        baseline = make_baseline(run)
+    policy, engine, clock, log = run.policy, run.engine, run.clock, Log(config)
+    announce(run)
+    evaluate(run, log, 0)
+    for step in range(1, config.steps + 1):
+        clock.start_step()
+        # 1. Sample responses from the current policy, and verify them.
+        problems = baseline.next_problems(step, config.prompts_per_step)
+        batch = run.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy)
+        engine.sleep()
+
+        # 2. pi_old. With a single mini-batch the policy has not moved when its gradient is taken: none is needed.
+        size = config.minibatch * baseline.samples_per_prompt
+        with clock("logprobs"):
+            if size < len(batch.responses):
+                batch.old_logprobs = policy.logprobs(batch.sequences)
+
+        # 3. The advantage: the reward less the baseline.
+        with clock("critic"):
+            advantages = baseline.advantages(batch)
+
+        # 4. One epoch of clipped policy steps.
+        with clock("update"):
+            updates = [policy_step(policy, batch, slice(i, i + size), advantages, config)
+                       for i in range(0, len(batch.responses), size)]
+
+        # 5. The baseline learns from what happened.
+        with clock("critic"):
+            learned = baseline.update(batch)
+
+        # 6. The engine takes the new weights.
+        with clock("sync"):
+            engine.sync(policy.weights())
+        clock.end_step()
+
+        log.add(describe(batch, run.verifier), mean_of(updates), learned, clock.step_times())
+        if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+            evaluate(run, log, step)
+        log.write(step, clock.total)
+    finish(run, log)
+
+
+def policy_step(policy, batch, rows, advantages, config):
+    """One optimiser step on the mini-batch `rows` (a slice). Returns metrics."""
+    sequences, mask, advantages = batch.sequences[rows], batch.mask[rows], advantages[rows]
+    rollout = batch.rollout_logprobs[rows]
+    old = None if batch.old_logprobs is None else batch.old_logprobs[rows]
+    num_tokens = mask.sum()  # of the whole mini-batch, over all ranks and micro-batches
+
+    def loss_of(micro):
+        logprobs, entropy = policy.score([sequences[i] for i in micro])
+
+        def here(x):  # this micro-batch's rows, as long as its longest response
+            return x[micro, : logprobs.shape[1]].to(logprobs.device)
+        before = logprobs.detach() if old is None else here(old)
+        loss, metrics = clipped_policy_loss(
+            logprobs, before, here(advantages) if advantages.dim() == 2 else advantages[micro].to(logprobs.device),
+            here(mask), clip_low=config.clip_low, clip_high=config.clip_high, num_tokens=num_tokens)
+        metrics["entropy"] = (entropy * here(mask)).sum() / num_tokens
+        # What the engine thought of its samples and what the trainer thinks: 0 but for rounding, or a bug.
+        metrics["rollout_gap"] = ((before - here(rollout)).abs() * here(mask)).sum() / num_tokens
+        return loss, {"loss": loss.detach(), **metrics}
+
+    metrics = policy.optimize([len(p) + len(r) for p, r in sequences], loss_of)
+    return {f"policy/{name}": value for name, value in metrics.items()}
+
+
+# ---- before and after -----------------------------------------------------------------------------------------------
+
+def training_options(c):
+    """What policy and critics are trained with alike."""
+    return dict(weight_decay=c.weight_decay, warmup_steps=c.warmup_steps, max_grad_norm=c.max_grad_norm, dtype=c.dtype,
+                micro_batch_tokens=c.micro_batch_tokens, checkpoint_activations=c.checkpoint_activations,
+                offload=c.offload, trust_remote_code=c.trust_remote_code)
+
+
+def check_options(c):
+    """Whatever can be seen to be wrong without loading a model or a dataset."""
+    if c.prompts_per_step % c.minibatch:
+        raise InputError(f"--minibatch {c.minibatch} does not divide --prompts-per-step {c.prompts_per_step}; "
+                         "choose a divisor, or the same number for one optimiser step a rollout")
+    for model in filter(None, (c.model, c.critic_model)):
+        check_model(model, c.max_prompt_tokens + c.max_response_tokens if model == c.model else c.max_prompt_tokens,
+                    c.trust_remote_code)
+
+
+def load_data(c):
+    """(tokenizer, training problems, held-out problems), without the problems whose prompts are too long."""
+    tokenizer = load_tokenizer(c.model, c.trust_remote_code)
+    problems = load_problems(c.dataset)
+    fitting = [p for p in problems if len(render(p.messages, tokenizer)) <= c.max_prompt_tokens]
+    if len(fitting) < len(problems):
+        say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts are longer "
+            f"than --max-prompt-tokens {c.max_prompt_tokens}")
+    if not fitting:
+        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {c.max_prompt_tokens}; raise it")
+    return tokenizer, *split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
+
+
+def check_answers(run, name):
+    """A gold answer that does not even equal itself could never be earned: better said now than never."""
+    problems = run.problems + run.held_out
+    share = problems[dist.get_rank() :: dist.get_world_size()]
+    bad = [None] * dist.get_world_size()
+    dist.all_gather_object(bad, [share[i] for i in run.verifier.unverifiable([p.answer for p in share])])
+    bad = sorted((p for part in bad for p in part), key=lambda p: p.id)
+    if bad:
+        raise InputError(f"{name}, row {bad[0].id + 1}: the answer {bad[0].answer[:100]!r} cannot be parsed, so no response could "
+                         f"be verified against it ({len(bad)} such rows); correct or remove it")
+
+
+def describe(batch, verifier):
+    """What a batch of responses was like."""
+    return {"reward": batch.rewards.mean().item(), "response_tokens": batch.lengths.float().mean().item(),
+            "truncated": sum(not r.finished for r in batch.responses) / len(batch.responses),
+            "reward/timeouts": verifier.timeouts, "reward/crashes": verifier.crashes}
+
+
+def mean_of(dicts):
+    return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
+
+
+def announce(run):
+    c = run.config
+    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; engine "
+        f"{run.engine.name}; {dist.get_world_size()} x {run.device.type}; {len(run.problems):,} problems of {c.dataset}, "
+        f"{len(run.held_out)} more held out")
+
+
+def evaluate(run, log, step):
+    """Accuracy on the held-out problems, one sampled response each. The clock of training does not run."""
+    if run.held_out:
+        batch = run.sample(run.held_out)
+        log.evaluated(step, batch, run.tokenizer)
+
+
+def finish(run, log):
+    """Saves the model where transformers and vllm find it, and says what happened."""
+    folder = f"{run.config.output}/model"
+    run.policy.save(folder)
+    if dist.get_rank() == 0:
+        run.tokenizer.save_pretrained(folder)
+    log.finish(run.tokenizer, run.clock.total)
+    run.engine.close()  # before the process group that it uses
+    run.verifier.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train(Config.parse(__doc__), SPPO)

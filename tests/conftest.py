@@ -1,0 +1,35 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make or ship what they need
+
+
+def run(*arguments, ranks=0, timeout=600):
+    """Runs a command as a user would: `python ...`, or `torchrun --nproc-per-node ranks ...`."""
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(29500 + os.getpid() % 500)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks > 1 else os.environ
+    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def world_of_one():
+    """Tests that call the parts directly need the process group that a run would have."""
+    from policy import init_distributed
+    yield init_distributed()
+    import torch.distributed as dist
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def device(world_of_one):
+    return world_of_one

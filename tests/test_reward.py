@@ -1,0 +1,112 @@
+"""Verification: which part of a response is its answer, is it equal, and what a hostile answer can do (nothing)."""
+import json
+import os
+import signal
+import time
+
+import pytest
+from conftest import SHARED
+
+from reward import Verifier, extract_answer, last_boxed, verify
+
+HOSTILE = [f"\\boxed{{{answer}}}" for answer in [
+    "9^{9^{9^{9}}}", "9^{9^{9^{9^{9}}}}", "2^{2^{2^{2^{2^{2}}}}}", "10^{10^{10}}", "7^{10^{9}}",
+    "(10^{10})!", "99999999!", "1000000!", "((5!)!)!", "\\binom{10^9}{10^8}", "\\binom{99999999}{44444444}",
+    "\\sum_{k=1}^{10^9} \\frac{1}{k}", "\\prod_{k=1}^{10^8} k", "\\int_0^1 x^{x^{x^x}} dx",
+    "\\frac{d^{50}}{dx^{50}} \\sin(x^{x^x})", "(x+1)^{100000}", "\\sqrt[10^9]{10^{10^9}}",
+    "{" * 5000 + "1" + "}" * 5000, "\\boxed{" * 5000 + "1" + "}" * 5000, "9" * 500_000,
+    "\\frac{1}{" * 2000 + "2" + "}" * 2000, "\\frac{1}{" * 80 + "2" + "}" * 80,
+    "\\{" + ",".join(map(str, range(3000))) + "\\}", "(" * 300 + "1" + ")" * 300, "{" * 300 + "1" + "}" * 300]]
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = Verifier(workers=2)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize("response, gold, reward", [
+    ("so it is \\boxed{27}.", "27", 1), ("27", "27", 0), ("\\boxed{26}", "27", 0), ("\\boxed{27", "27", 0),
+    ("\\boxed{}", "27", 0), ("", "27", 0), ("\\boxed{\\frac12}", "0.5", 1), ("\\boxed{1/2}", "\\frac{1}{2}", 1),
+    ("\\boxed{x = 27}", "27", 1), ("$\\boxed{27}$", "27", 1), ("\\boxed{\\boxed{27}}", "27", 1),
+    ("\\boxed {27}", "27", 1), ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", 1), ("\\boxed{1,000}", "1000", 1),
+    # the last box after the thinking is the answer
+    ("\\boxed{27} no, \\boxed{26}", "27", 0), ("\\boxed{26}. Wait. It is \\boxed{27}", "27", 1),
+    ("<think>\\boxed{27}</think> It is \\boxed{26}", "27", 0), ("<think>\\boxed{27}</think> It is 27", "27", 0),
+    ("<think>\\boxed{26} or \\boxed{28}</think>\\boxed{27}", "27", 1),
+    # a list of candidates is not an answer
+    ("\\boxed{26} or \\boxed{27}", "27", 0), ("\\boxed{27} or \\boxed{26}", "27", 0), ("\\boxed{26}, \\boxed{27}", "27", 0),
+    ("\\boxed{26}\\boxed{27}", "27", 0), ("\\boxed{26, 27, 28}", "27", 0), ("\\boxed{26 or 27}", "27", 0),
+    ("\\boxed{26 \\lor 27}", "27", 0), ("\\boxed{26 \\text{ or } 27}", "27", 0), ("\\boxed{27 \\pm 1}", "27", 0),
+    ("$\\boxed{26}$ and $\\boxed{27}$", "27", 0),
+    # unless the answer is that list, or the same thing is said twice
+    ("\\boxed{3} and \\boxed{4}", "3, 4", 1), ("\\boxed{27}\n\\boxed{27}", "27", 1)])
+def test_rewards(response, gold, reward, verifier):
+    assert verify(response, gold) == reward
+    assert verifier.score([response], [gold]) == [reward]
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("it is 3, no 14.", "14"), ("about 2.5", "2.5"), ("-7", "-7"), ("1,200 apples", "1,200"), ("none", None),
+    ("12 and \\boxed{13} and 14", "13"), ("<think>5</think> so", None)])
+def test_any_answer_falls_back_on_the_last_number(response, answer):
+    assert extract_answer(response, "any") == answer
+
+
+def test_boxes_are_found_in_one_pass():
+    start = time.perf_counter()
+    assert last_boxed("\\boxed{" * 100_000) is None
+    assert last_boxed("\\boxed{1} " * 100_000) == "1"
+    assert last_boxed("{" * 500_000 + "\\boxed{1}") == "1"
+    assert last_boxed("\\{ \\boxed{\\{1, 2\\}} \\}") == "\\{1, 2\\}"
+    assert time.perf_counter() - start < 20  # a rescan from every box would take hours
+
+
+def test_hostile_answers_cost_little_and_no_honest_one_its_reward():
+    assert len(HOSTILE) == 25
+    responses, golds, expected = [], [], []
+    for i in range(256):
+        hostile = i % 10 == 0 and i // 10 < 25
+        responses.append(HOSTILE[i // 10] if hostile else f"\\boxed{{\\frac{{{i}}}{{7}}}}" if i % 2 else f"\\boxed{{{i}}}")
+        golds.append("27" if hostile else f"{i}/7" if i % 2 else str(i + i % 3))
+        expected.append(0.0 if hostile else float(i % 2 or i % 3 == 0))
+    verifier = Verifier(workers=2)
+    try:
+        verifier.score(["\\boxed{1}"] * 2, ["1"] * 2)  # both workers are up
+        start = time.perf_counter()
+        assert verifier.score(responses, golds) == expected
+        seconds = time.perf_counter() - start
+        print(f"\n256 responses, 25 of them hostile: {seconds:.1f} s, {verifier.timeouts} killed")
+        assert 0 < verifier.timeouts <= 25
+        assert seconds < 60  # about 11 s on an idle machine: 20 deadlines of 1 s shared by two workers
+    finally:
+        verifier.close()
+
+
+def test_a_worker_that_is_killed_is_replaced():
+    verifier = Verifier(workers=1)
+    try:
+        assert verifier.score(["\\boxed{1}"], ["1"]) == [1.0]
+        worker = verifier._idle.get()
+        verifier._idle.put(worker)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        assert verifier.score(["\\boxed{1}"] * 3, ["1"] * 3) == [0.0, 1.0, 1.0]
+        assert verifier.crashes == 1
+    finally:
+        verifier.close()
+
+
+def test_gold_answers_that_cannot_be_verified_are_found(verifier):
+    assert verifier.unverifiable(["1", "\\frac{1}{2}", "9^{9^{9^{9}}}", "(3, \\pi)"]) == [2]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+def test_every_gold_answer_of_math500_and_aime24_equals_itself(verifier):
+    import pyarrow.parquet
+    golds = [row["reward_model"]["ground_truth"]
+             for row in pyarrow.parquet.read_table(SHARED / "data/math500.parquet").to_pylist()]
+    golds += [json.loads(line)["answer"] for line in open(SHARED / "data/aime24.jsonl")]
+    assert len(golds) == 530
+    assert verifier.score([f"It is \\boxed{{{gold}}}." for gold in golds], golds) == [1.0] * 530
