@@ -10,11 +10,16 @@ import time
 import typing
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: it warns about NUMA and hooks
 
-from data import BUILTIN_MODEL, InputError
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from data import BUILTIN_MODEL, InputError  # noqa: E402
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 def is_main():
     return os.environ.get("RANK", "0") == "0"
@@ -49,7 +54,8 @@ class CommandLine:
             how = dict(type=kinds[0], metavar=kinds[0].__name__.upper()) if isinstance(kinds[0], type) else dict(choices=kinds)
             if field.type is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
-            parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"].replace("%", "%%") + note, **how)
+            text = (field.metadata["help"] + note).replace("%", "%%")
+            parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
         given = vars(parser.parse_args(arguments))
         builtin = given.get("model", BUILTIN_MODEL) == BUILTIN_MODEL
         return cls(**{**(cls.BUILTIN if builtin else {}), **given})
@@ -116,7 +122,7 @@ class Log:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # line by line
+        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)  # line by line
         self.writers = []
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -168,11 +174,11 @@ class Log:
             text += (f" On {len(after.rewards)} held-out problems, one sampled response each, accuracy went from "
                      f"{before.rewards.mean():.3f} to {after.rewards.mean():.3f}, and the mean response from "
                      f"{before.lengths.float().mean():.1f} to {after.lengths.float().mean():.1f} tokens.")
-        text += (f" The model is in {c.output}/model, where transformers and vllm load it from, and every metric of every step in "
-                 f"{c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
+        text += (f" The model is in {c.output}/model, where transformers and vllm load it from, and every metric of every "
+                 f"step in {c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
         if c.model == BUILTIN_MODEL:
-            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model of yours with "
-                     "--model and --dataset (python sppo.py --help; the README has the paper's runs).")
+            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model of "
+                     "yours with --model and --dataset (python sppo.py --help; the README has the paper's runs).")
         say("\n".join(textwrap.wrap(text, 100, break_on_hyphens=False)))
 
 

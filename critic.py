@@ -15,7 +15,6 @@ from data import load_tokenizer, render
 from policy import Trained, micro_batches
 
 
-
 class ValueModel(nn.Module):
     """A backbone and one linear layer: the logit of V at the prompt's last token."""
 
@@ -29,7 +28,7 @@ class ValueModel(nn.Module):
     def forward(self, ids, last):
         """ids [b, L] right-padded, last [b]: position of each prompt's last token -> logits [b]."""
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
+        return self.head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).clone()  # FSDP wants no views
 
 
 class PromptCritic(Trained):
@@ -53,7 +52,7 @@ class PromptCritic(Trained):
         for i, prompt in enumerate(rows):
             ids[i, : len(prompt)] = torch.tensor(prompt)
         last = torch.tensor([len(prompt) - 1 for prompt in rows])
-        return self.module(ids.to(self.device), last.to(self.device))[: len(prompts)]
+        return self.module(ids.to(self.device), last.to(self.device)).float()[: len(prompts)]
 
     @torch.no_grad()
     def logits(self, prompts):

@@ -13,10 +13,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import InputError, load_tokenizer

@@ -84,6 +84,12 @@ def equal(answer, gold):
     return math_verify(_parse(gold), _parse(answer), timeout_seconds=None)
 
 
+def verifiable(gold):
+    """Whether a gold answer means anything to math-verify. What only equals itself letter by letter does not."""
+    equal("0", gold)  # some parse, but cannot be compared with anything within the deadline
+    return any(not isinstance(part, str) for part in _parse(gold))
+
+
 def verify(response, answer, mode="boxed"):
     """1.0 if the response's final answer equals `answer`, else 0.0. In this process and without a deadline: for
     trusted text. `Verifier` is for the output of a policy."""
@@ -125,8 +131,8 @@ class Verifier:
         return [future.result() for future in [self.submit(*pair) for pair in zip(responses, answers, strict=True)]]
 
     def unverifiable(self, answers) -> list[int]:
-        """Positions of the gold answers that do not even equal themselves: no response could ever be paid for them."""
-        asked = {a: self._threads.submit(self._ask, a, a) for a in dict.fromkeys(answers) if not a.isdecimal()}
+        """Positions of the gold answers that cannot be parsed or compared: no response could be verified with them."""
+        asked = {a: self._threads.submit(self._ask, None, a) for a in dict.fromkeys(answers) if not a.isdecimal()}
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _ask(self, candidate, answer):
@@ -164,11 +170,15 @@ def _compare_forever(pipe, parents_end, timeout):
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     while True:
-        candidate, gold = pipe.recv()
+        try:
+            candidate, gold = pipe.recv()
+        except EOFError:
+            return
         if hasattr(signal, "alarm"):
             signal.alarm(int(timeout) + 2)  # should the timekeeper die, this process does not compute for ever
         try:
-            pipe.send("equal" if equal(candidate, gold) else "different")
+            good = verifiable(gold) if candidate is None else equal(candidate, gold)
+            pipe.send("equal" if good else "different")
         except Exception:  # whatever sympy raises on hostile text (RecursionError, MemoryError), it is no right answer
             pipe.send("different")
         if hasattr(signal, "alarm"):

@@ -9,7 +9,9 @@ Each rank runs an engine of its own (or `tensor_parallel` neighbours share one),
 """
 import gc
 import importlib.util
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,10 @@ class VLLMEngine:
         on_gpu = device.type == "cuda"
         # In this process, so that weights are handed over as tensors. Under torchrun every rank is its own launcher.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+            logging.getLogger("vllm").setLevel(logging.ERROR)  # what it says before it reads that
+            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
@@ -63,7 +68,7 @@ class VLLMEngine:
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # not the model's own top-p or repetition penalty: ratios need plain sampling
             logprobs_mode="processed_logprobs",  # after temperature
-            gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
+            use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
             enforce_eager=not on_gpu)  # CUDA graphs on a GPU; on a CPU, compilation costs a minute and buys little
 
     def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):

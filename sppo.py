@@ -19,10 +19,12 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cli import Clock, CommandLine, Log, clear_errors, option, say  # before torch: it quiets what loads after it
+
+# isort: split
 import torch
 import torch.distributed as dist
 
-from cli import Clock, CommandLine, Log, clear_errors, option, say
 from critic import PromptCritic, calibration
 from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer, render, split
 from policy import Policy, check_model, init_distributed
@@ -35,7 +37,7 @@ class Config(CommandLine):
     model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder (default: the built-in model)")
     critic_model: str | None = option(None, "where the critic starts from (default: the policy's model)")
     dataset: str = option("chain", "chain (built in), reasoning_gym:NAME, FILE.jsonl, FILE.parquet, or HUB/NAME[:SPLIT]")
-    answer: Literal["boxed", "any"] = option("boxed", "what counts as an answer: the last \\boxed{}, or failing that any last number")
+    answer: Literal["boxed", "any"] = option("boxed", "what is an answer: the last \\boxed{}, or failing that any last number")
     output: str = option("runs/sppo", "folder for metrics.jsonl, TensorBoard events and the trained model")
     steps: int = option(500, "training steps: one rollout and its updates each")
     prompts_per_step: int = option(256, "prompts sampled in a step")
@@ -207,7 +209,6 @@ class Run:
             memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
         self.engine.sleep()
         self.policy = Policy(c.model, self.device, temperature=c.temperature, lr=c.lr, **training_options(c))
-        self.engine.sync(self.policy.weights())
 
     def sample(self, problems, samples=1, greedy=False):
         """Samples and verifies `samples` responses per problem; the ranks share the work, and all get the whole Batch.
@@ -246,6 +247,7 @@ def train(config, make_baseline):
         run = Run(config)
         baseline = make_baseline(run)
     policy, engine, clock, log = run.policy, run.engine, run.clock, Log(config)
+    engine.sync(policy.weights())  # wakes it: from here on it is only asleep while the others train
     announce(run)
     evaluate(run, log, 0)
     for step in range(1, config.steps + 1):
@@ -344,15 +346,15 @@ def load_data(c):
 
 
 def check_answers(run, name):
-    """A gold answer that does not even equal itself could never be earned: better said now than never."""
+    """A gold answer that cannot be verified against could never be earned: better said now than never."""
     problems = run.problems + run.held_out
     share = problems[dist.get_rank() :: dist.get_world_size()]
     bad = [None] * dist.get_world_size()
     dist.all_gather_object(bad, [share[i] for i in run.verifier.unverifiable([p.answer for p in share])])
     bad = sorted((p for part in bad for p in part), key=lambda p: p.id)
     if bad:
-        raise InputError(f"{name}, row {bad[0].id + 1}: the answer {bad[0].answer[:100]!r} cannot be parsed, so no response could "
-                         f"be verified against it ({len(bad)} such rows); correct or remove it")
+        raise InputError(f"{name}, row {bad[0].id + 1}: the answer {bad[0].answer[:100]!r} cannot be parsed, so no response "
+                         f"could be verified against it ({len(bad)} such rows); correct or remove it")
 
 
 def describe(batch, verifier):
@@ -387,9 +389,10 @@ def finish(run, log):
     if dist.get_rank() == 0:
         run.tokenizer.save_pretrained(folder)
     log.finish(run.tokenizer, run.clock.total)
-    run.engine.close()  # before the process group that it uses
     run.verifier.close()
-    dist.destroy_process_group()
+    run.engine.close()  # before the process group, which vLLM may end itself
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

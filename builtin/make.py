@@ -2,7 +2,7 @@
 
     python builtin/make.py            # 6 minutes on 2 cores; rewrites the checkpoint in this folder
 
-It is trained on demonstrations in which one step in six is wrong, so at temperature 1 it knows the method but
+It is trained on demonstrations in which one step in nine is wrong, so at temperature 1 it knows the method but
 is right only about half of the time. That is the state in which reinforcement learning finds a reasoning model:
 the reward has something to separate, and longer chains are harder, so a critic has something to learn.
 """
@@ -21,7 +21,7 @@ from data import BOXED_SUFFIX, chain_problem, render  # noqa: E402
 
 # First the sums alone, on short and faultless chains: the tables take long to learn from noisy examples.
 # Then chains of every length, with slips.
-STAGES = (dict(steps=500, batch=256, max_ops=2, error_rate=0.0), dict(steps=800, batch=128, max_ops=6, error_rate=1 / 6))
+STAGES = (dict(steps=600, batch=256, max_ops=2, error_rate=0.0), dict(steps=800, batch=128, max_ops=6, error_rate=1 / 9))
 LR, WEIGHT_DECAY = 3e-3, 1.0
 
 CHAT_TEMPLATE = (

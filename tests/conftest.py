@@ -15,8 +15,8 @@ def run(*arguments, ranks=0, timeout=600):
     """Runs a command as a user would: `python ...`, or `torchrun --nproc-per-node ranks ...`."""
     command = [sys.executable]
     if ranks:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(29500 + os.getpid() % 500)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks > 1 else os.environ
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": "1"} if ranks > 1 else {})}
     return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=timeout)
 

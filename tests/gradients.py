@@ -1,0 +1,38 @@
+"""Run under torchrun by test_policy.py: writes loss, metrics and gradients of one mini-batch, for a micro-batch budget."""
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data import BUILTIN_MODEL
+from policy import Policy, init_distributed, micro_batches
+from rollout import Response
+from sppo import Batch, Config, policy_step
+
+output, budget = sys.argv[1], int(sys.argv[2])
+device = init_distributed()
+rng = random.Random(0)
+policy = Policy(BUILTIN_MODEL, device, temperature=0.7, lr=1e-3, dtype="float32", micro_batch_tokens=budget,
+                checkpoint_activations=budget == 100)
+# Two long responses and many short ones: two ranks get different numbers of micro-batches.
+lengths = [90, 3, 60, 1, 7, 20, 2, 33, 5, 9, 14]
+prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 12))] for _ in lengths]
+responses = [Response([rng.randrange(256) for _ in range(n)], [-rng.random() for _ in range(n)], True) for n in lengths]
+batch = Batch([None] * len(lengths), prompts, responses, torch.zeros(len(lengths)))
+generator = torch.Generator().manual_seed(0)
+batch.old_logprobs = policy.logprobs(batch.sequences) + 0.3 * torch.randn(batch.mask.shape, generator=generator)
+advantages = torch.randn(batch.mask.shape if budget == 150 else len(lengths), generator=generator)
+
+gradients = {}
+policy.optimizer.step = lambda: gradients.update(
+    (name, p.grad.full_tensor()) for name, p in policy.module.named_parameters())
+policy.max_grad_norm = 1e9
+metrics = policy_step(policy, batch, slice(0, len(lengths)), advantages, Config())
+mine = torch.tensor([sum(map(bool, micro_batches([len(p) + len(r) for p, r in batch.sequences], budget)))])
+counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+dist.all_gather(counts, mine)
+if dist.get_rank() == 0:
+    torch.save({"metrics": metrics, "gradients": gradients, "logprobs": batch.old_logprobs,
+                "micro_batches": [int(c) for c in counts]}, output)
+dist.destroy_process_group()

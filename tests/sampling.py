@@ -1,0 +1,53 @@
+"""Run by test_rollout.py: samples from an engine before and after the policy's weights change, and prints what it saw."""
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data import BUILTIN_MODEL, load_problems, load_tokenizer, render
+from policy import Policy, init_distributed
+from rollout import make_engine, stop_tokens
+
+device = init_distributed()
+tokenizer = load_tokenizer(BUILTIN_MODEL)
+prompts = [render(p.messages, tokenizer) for p in load_problems("chain", size=48)]
+engine = make_engine(sys.argv[1], BUILTIN_MODEL, device, stop=stop_tokens(BUILTIN_MODEL, tokenizer), max_tokens=128,
+                     dtype="float32")
+policy = Policy(BUILTIN_MODEL, device, temperature=0.8, lr=1e-3, dtype="float32", checkpoint_activations=False)
+
+
+def sample(temperature=0.8, max_tokens=60, **options):
+    responses = [None] * len(prompts)
+    for i, response in engine.generate(prompts, temperature=temperature, max_tokens=max_tokens, **options):
+        responses[i] = response
+    return responses
+
+
+def gap(responses):
+    """The largest difference between the engine's and the trainer's log-probability of any sampled token."""
+    ours = policy.logprobs([(p, r.ids) for p, r in zip(prompts, responses, strict=True)])
+    return max(abs(ours[i, t].item() - r.logprobs[t]) for i, r in enumerate(responses) for t in range(len(r.ids)))
+
+
+report = {"name": engine.name, "stop": tokenizer.eos_token_id}
+engine.sync(policy.weights())
+report["gaps"] = [gap(sample())]
+for _ in range(3):  # as in training: change, sync, sample, again and again
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    stale = gap(sample())
+    engine.sync(policy.weights())
+    report["gaps"].append(gap(sample()))
+report["stale"] = stale
+report["ends"] = [(r.ids[-1], r.finished, len(r.ids) == len(r.logprobs)) for r in sample()]
+report["short"] = [(len(r.ids), r.finished) for r in sample(max_tokens=4)]
+report["greedy"] = [[r.ids for r in sample(temperature=0.0)] for _ in range(2)]
+mixed = sample(temperature=[0.0] * 24 + [3.0] * 24)
+report["mixed"] = [r.ids for r in mixed]
+report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
+print(json.dumps(report))
+engine.close()
+if dist.is_initialized():
+    dist.destroy_process_group()

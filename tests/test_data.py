@@ -1,0 +1,106 @@
+"""Problems from every source, and one clear sentence for what cannot be read."""
+import json
+
+import pytest
+from conftest import SHARED
+
+from data import BOXED_SUFFIX, BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render, split
+
+VERL = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
+        "reward_model": {"ground_truth": "2"}}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("row, content, answer", [
+    ({"problem": "1+1?", "answer": "2"}, "1+1?", "2"), ({"question": "1+1?", "solution": "2"}, "1+1?", "2"),
+    ({"prompt": "1+1?", "ground_truth": 2}, "1+1?", "2"), (VERL, "1+1?", "2"), ({"problem": "1+1?", "answer": 0}, "1+1?", "0"),
+    ({"problem": "1+1?", "answer": "2", "solution": "It is \\boxed{3}."}, "1+1?", "2"),  # the answer, not the solution
+    ({"problem": "1+1?", "solution": "Add them: \\boxed{\\frac{4}{2}}."}, "1+1?", "\\frac{4}{2}"),
+    ({"question": "1+1?", "answer": "One and one is\n#### 2"}, "1+1?", "2")])
+def test_layouts(tmp_path, row, content, answer):
+    problem, = load_problems(write(tmp_path / "x.jsonl", [row]))
+    assert problem.messages[-1] == {"role": "user", "content": f"{content} {BOXED_SUFFIX}"}
+    assert problem.answer == answer
+
+
+def test_parquet_and_jsonl_are_read_alike(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [VERL, {**VERL, "reward_model": {"ground_truth": "3"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert load_problems(str(tmp_path / "x.parquet")) == load_problems(write(tmp_path / "x.jsonl", rows))
+
+
+def test_the_boxed_suffix_is_added_once(tmp_path):
+    asked = {"problem": "1+1? Put it in \\boxed{}.", "answer": "2"}
+    problem, = load_problems(write(tmp_path / "x.jsonl", [asked]))
+    assert problem.messages[-1]["content"] == asked["problem"]
+
+
+def test_duplicates_are_dropped_and_ids_are_rows(tmp_path):
+    rows = [{"problem": f"{i // 2}?", "answer": "2"} for i in range(6)]
+    assert [p.id for p in load_problems(write(tmp_path / "x.jsonl", rows))] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "has no problems"), ("\n\n", "has no problems"), ('{"problem": "1+1?", "answer": "2"}\n{oops', "line 2: is not JSON"),
+    ("[1]", "row 1: is a list"), ('{"answer": "2"}', "row 1: has no problem"), ('{"problem": "1+1?"}', "row 1: has no answer"),
+    ('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+1?", "answer": " "}', "row 2: its answer is empty"),
+    ('{"problem": "1+1?", "solution": "no box: \\\\boxed{"}', "row 1: its answer is empty"),
+    ('{"prompt": [{"role": "assistant", "content": "hi"}], "answer": "2"}', "row 1: its prompt is not a list of chat"),
+    ('{"prompt": ["hi"], "answer": "2"}', "row 1: its prompt is not a list of chat")])
+def test_what_cannot_be_read_is_named(tmp_path, text, message):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(InputError, match="x.jsonl") as error:
+        load_problems(str(tmp_path / "x.jsonl"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_not_what_they_seem(tmp_path):
+    (tmp_path / "x.parquet").write_text("not parquet")
+    with pytest.raises(InputError, match="is not a parquet file"):
+        load_problems(str(tmp_path / "x.parquet"))
+    with pytest.raises(InputError, match="no such file"):
+        load_problems(str(tmp_path / "absent.jsonl"))
+
+
+def test_builtin_problems_are_right_and_repeatable():
+    problems = load_problems("chain", size=500)
+    assert problems == load_problems("chain", size=500)
+    for problem in problems:
+        chain = problem.messages[0]["content"].split()[1]
+        assert str(eval(chain) % 10) == problem.answer
+    assert len({len(p.messages[0]["content"]) for p in problems}) >= 5  # difficulty varies
+
+
+def test_split_is_disjoint_and_holds_out_a_fifth_at_most():
+    problems = load_problems("chain", size=300)
+    training, held_out = split(problems, 256)
+    assert len(held_out) == len(problems) // 5
+    assert sorted(p.id for p in training + held_out) == [p.id for p in problems]
+
+
+def test_procedural_problems():
+    pytest.importorskip("reasoning_gym")
+    problem = load_problems("reasoning_gym:chain_sum", size=3)[0]
+    assert problem.answer.lstrip("-").isdigit() and BOXED_SUFFIX in problem.messages[-1]["content"]
+    with pytest.raises(InputError, match="there is no such task"):
+        load_problems("reasoning_gym:absent")
+
+
+def test_a_tokenizer_without_a_chat_template_gets_plain_text():
+    tokenizer = load_tokenizer(BUILTIN_MODEL)
+    tokenizer.chat_template = None
+    assert tokenizer.decode(render([{"role": "user", "content": "1+1?"}], tokenizer)) == "1+1?\n\n"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize("name, count", [("aime24.jsonl", 30), ("math500.parquet", 500), ("dapo-math-17k.parquet", 17398)])
+def test_real_problems(name, count):
+    problems = load_problems(str(SHARED / "data" / name))
+    assert len(problems) == count
+    assert all(p.messages[-1]["content"].count("\\boxed") == 1 for p in problems)

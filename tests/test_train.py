@@ -1,0 +1,154 @@
+"""sppo.py as its user runs it."""
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, run
+
+from data import BUILTIN_MODEL
+
+QUICK = ["--steps", "2", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8"]
+needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    done = run("sppo.py", "--output", output)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, output
+
+
+def test_the_demo_learns(demo):
+    printed, output = demo
+    lines = metrics(output)
+
+    assert [m["step"] for m in lines] == list(range(lines[-1]["step"] + 1))
+    assert 0.35 <= lines[0]["eval_accuracy"] <= 0.60
+    assert lines[-1]["eval_accuracy"] >= 0.75
+    for m in lines[1:]:
+        assert {"seconds", "reward", "response_tokens", "policy/entropy", "critic/bce", "critic/explained_variance",
+                *(f"time/{phase}" for phase in ("rollout", "reward", "logprobs", "update", "critic", "sync"))} <= m.keys()
+        assert m["policy/rollout_gap"] < 1e-3  # the engine really samples from the weights that are trained
+    # The critic learned which problems are hard: better than a coin, on prompts that it had not seen.
+    middle = [m["critic/auc"] for m in lines[3:15] if m["critic/auc"]]
+    assert sum(middle) / len(middle) > 0.6
+
+
+def test_what_the_demo_says(demo):
+    printed, output = demo
+    steps = [line for line in printed.splitlines() if re.match(r"step +\d+/\d+ ", line)]
+    assert len(steps) == len(metrics(output))
+    for part in ("reward", "length", "clip", "critic", "seconds"):
+        assert part in steps[1]
+    assert "accuracy" in steps[0] and "accuracy" in steps[-1]
+    assert "Before training:" in printed and "After training:" in printed and printed.count("\\boxed{") >= 12
+    assert "accuracy went from" in " ".join(printed.split())
+    assert f"{output}/model" in printed.replace("\n", "")
+
+
+@needs_vllm
+def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
+    """transformers and vLLM load it, and it is as good as it was."""
+    builtin_settings = ["--temperature", "1", "--max-prompt-tokens", "64", "--max-response-tokens", "64", "--dtype", "float32"]
+    done = run("sppo.py", "--model", demo[1] / "model", *builtin_settings, *QUICK, "--eval-problems", "128",
+               "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path)[0]["eval_accuracy"] > 0.65
+
+
+def test_two_ranks_learn_like_one(demo, tmp_path):
+    done = run("sppo.py", "--output", tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(demo[1]), metrics(tmp_path)
+    print(f"\n1 rank {one[-1]['eval_accuracy']:.3f}, 2 ranks {two[-1]['eval_accuracy']:.3f}")
+    assert len(one) == len(two)
+    assert two[-1]["eval_accuracy"] >= 0.75
+    assert max(m["policy/rollout_gap"] for m in two[1:]) < 1e-3
+    assert done.stdout.count("step  1/") == 1  # one rank speaks
+
+
+def test_the_fallback_engine_runs_the_same_loop(tmp_path):
+    done = run("sppo.py", *QUICK, "--engine", "transformers", "--output", tmp_path, "--critic-model", BUILTIN_MODEL)
+    assert done.returncode == 0, done.stderr
+    assert "engine transformers" in done.stdout
+    assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
+
+
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=needs_vllm), "transformers"])
+def test_the_same_command_gives_the_same_numbers(tmp_path, engine):
+    runs = []
+    for name in ("a", "b"):
+        done = run("sppo.py", *QUICK, "--deterministic", "--engine", engine, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        runs.append([{k: v for k, v in m.items() if k != "seconds" and not k.startswith("time/")}
+                     for m in metrics(tmp_path / name)])
+    assert runs[0] == runs[1]
+
+
+def test_files_and_single_minibatch(tmp_path):
+    """A .jsonl of one's own; with one mini-batch a step no old log-probabilities are computed, and the ratio is 1."""
+    rows = [{"question": f"Compute {i}+{j} modulo 10.", "answer": str((i + j) % 10)} for i in range(10) for j in range(10)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps(
+        {"question": "1+" * 200 + "1=?", "answer": "1"}) + "\n")
+    done = run("sppo.py", *QUICK, "--minibatch", "16", "--dataset", tmp_path / "x.jsonl", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "dropped 1 of 101 problems" in done.stdout
+    last = metrics(tmp_path / "out")[-1]
+    assert last["policy/clip_fraction"] == 0 and last["policy/kl"] == 0 and last["policy/rollout_gap"] < 1e-3
+
+
+def broken_model(folder, **changes):
+    shutil.copytree(BUILTIN_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("case, message", [
+    ("minibatch", "--minibatch 7 does not divide --prompts-per-step 256"),
+    ("model", "is neither a folder with a config.json nor a model on the hub"),
+    ("critic", "is neither a folder with a config.json nor a model on the hub"),
+    ("vocabulary", "tokenizer has 265 tokens and its weights only 200"),
+    ("context", "reads at most 512 tokens"),
+    ("empty", "has no problems"),
+    ("prompts", "every prompt is longer than --max-prompt-tokens"),
+    ("gold", "row 2: the answer '\\\\frac{' cannot be parsed"),
+    ("absent", "no such file"),
+    ("steps", "argument --steps: invalid int value")])
+def test_bad_input_is_one_clear_sentence(tmp_path, case, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "gold.jsonl").write_text('{"problem": "1?", "answer": "1"}\n{"problem": "2?", "answer": "\\\\frac{"}\n')
+    arguments = {
+        "minibatch": ["--minibatch", "7"], "model": ["--model", tmp_path / "nope"], "critic": ["--critic-model", "no/such"],
+        "vocabulary": ["--model", broken_model(tmp_path / "v", vocab_size=200)],
+        "context": ["--max-response-tokens", "5000"], "empty": ["--dataset", tmp_path / "empty.jsonl"],
+        "prompts": ["--max-prompt-tokens", "5"], "gold": ["--dataset", tmp_path / "gold.jsonl"],
+        "absent": ["--dataset", tmp_path / "absent.jsonl"], "steps": ["--steps", "many"]}[case]
+    done = run("sppo.py", *arguments, "--output", tmp_path / "out", timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_help_explains_every_option():
+    from sppo import Config
+    printed = run("sppo.py", "--help").stdout
+    for name, field in Config.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in printed
+        assert len(field.metadata["help"].splitlines()) == 1
+
+
+def test_everything_the_readme_names_exists():
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`([\w./-]+\.(?:py|txt|md))`", readme):
+        assert (ROOT / name).exists(), name
+    options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {"nproc-per-node", "help", "logdir", "nnodes"}
+    from sppo import Config
+    assert options <= {name.replace("_", "-") for name in Config.__dataclass_fields__}, options
