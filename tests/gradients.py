@@ -15,8 +15,8 @@ device = init_distributed()
 rng = random.Random(0)
 policy = Policy(BUILTIN_MODEL, device, temperature=0.7, lr=1e-3, dtype="float32", micro_batch_tokens=budget,
                 checkpoint_activations=budget == 100)
-# Two long responses and many short ones: two ranks get different numbers of micro-batches.
-lengths = [90, 3, 60, 1, 7, 20, 2, 33, 5, 9, 14]
+# Five long responses, each a micro-batch of its own, and some short ones: two ranks get different numbers of them.
+lengths = [90, 1, 85, 9, 80, 3, 75, 14, 70, 7, 2]
 prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 12))] for _ in lengths]
 responses = [Response([rng.randrange(256) for _ in range(n)], [-rng.random() for _ in range(n)], True) for n in lengths]
 batch = Batch([None] * len(lengths), prompts, responses, torch.zeros(len(lengths)))

@@ -103,4 +103,4 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_text():
 def test_real_problems(name, count):
     problems = load_problems(str(SHARED / "data" / name))
     assert len(problems) == count
-    assert all(p.messages[-1]["content"].count("\\boxed") == 1 for p in problems)
+    assert all(p.messages[-1]["content"].count(BOXED_SUFFIX) == 1 for p in problems)
