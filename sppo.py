@@ -70,7 +70,7 @@ class Config(CommandLine):
 
     # What differs when no --model is given: a model of 360k parameters wants other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
-        steps=40, prompts_per_step=128, minibatch=32, lr=3e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28, temperature=1.0,
+        steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28, temperature=1.0,
         max_prompt_tokens=64, max_response_tokens=64, eval_every=5, dtype="float32", checkpoint_activations=False)
 
 
