@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -126,6 +127,7 @@ class Log:
         self.writers = []
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # like metrics.jsonl, it begins anew
             board = SummaryWriter(folder / "tensorboard")
             self.writers.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
         if config.wandb:

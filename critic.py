@@ -32,7 +32,7 @@ class ValueModel(nn.Module):
 
 
 class PromptCritic(Trained):
-    """V(s_p) = sigmoid(logit), from any Hugging Face model with its own tokenizer and chat template."""
+    """V(s_p) = sigmoid(logit), from any causal Hugging Face model, with its own tokenizer and chat template."""
 
     def __init__(self, model, device, *, minibatch, trust_remote_code=False, **options):
         self.tokenizer = load_tokenizer(model, trust_remote_code)

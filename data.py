@@ -109,6 +109,11 @@ def reasoning_gym_rows(name, size, seed):
         yield {"question": row["question"], "answer": row["answer"]}
 
 
+def is_chat(prompt):
+    return (isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt)
+            and all("role" in m for m in prompt) and prompt[-1]["role"] == "user")
+
+
 def parse_row(row, i, spec):
     """One row of any accepted layout as a Problem."""
     where = f"{spec}, row {i + 1}"
@@ -122,7 +127,7 @@ def parse_row(row, i, spec):
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
         raise InputError(f"{where}: has no problem; {EXPECTED}")
-    if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt) or prompt[-1]["role"] != "user":
+    if not is_chat(prompt):
         raise InputError(f"{where}: its prompt is not a list of chat messages that ends with the user's; {EXPECTED}")
     if not isinstance(answer, str | int | float):
         raise InputError(f"{where}: has no answer; {EXPECTED}")

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import InputError, load_tokenizer
 
+OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
 
 
@@ -129,7 +130,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             d_logits.scatter_add_(-1, targets[chunk, None], torch.ones_like(d_logits[:, :1]))
             d_logits = (d_logits * (grad[chunk, None] / ctx.temperature)).to(hidden.dtype)
             grad_hidden[chunk] = d_logits @ weight
-            grad_weight.addmm_(d_logits.T, hidden[chunk])
+            grad_weight.addmm_(d_logits.T, hidden[chunk])  # rounds to the weight's type once a chunk
         return grad_hidden, grad_weight, None, None
 
 
@@ -171,7 +172,13 @@ class Trained:
         blocks = set(backbone._no_split_modules or ())
         for block in [m for m in module.modules() if type(m).__name__ in blocks]:
             fully_shard(block.float(), **options)  # one block at a time in float32: a whole model might not fit
+        # Training mode, or transformers would not checkpoint activations; but no dropout: pi_old and pi must agree.
         self.module = fully_shard(module.float(), **options).train()
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            if hasattr(part, "attention_dropout"):
+                part.attention_dropout = 0.0
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.size = sum(p.numel() for p in module.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -202,9 +209,11 @@ class Policy(Trained):
         lm = AutoModelForCausalLM.from_pretrained(
             model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code)
         head = lm.get_output_embeddings()
-        if head.bias is not None or any(getattr(lm.config, key, None) for key in ("final_logit_softcapping", "logit_scale")):
+        if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "
                              "chunked log-probabilities do not compute; use a model without (Qwen, Llama, Mistral)")
+        if lm.generation_config is not None:
+            lm.generation_config.do_sample = True  # with a temperature and without this, it could not be saved
         self.save_dtype = lm.dtype
         self.temperature = temperature
         super().__init__(LogProbModel(lm), device, **options)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from data import InputError
+
 
 @dataclass
 class Response:
@@ -71,14 +73,14 @@ class VLLMEngine:
             use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
             enforce_eager=not on_gpu)  # CUDA graphs on a GPU; on a CPU, compilation costs a minute and buys little
 
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):
+    def generate(self, prompts, *, temperature, max_tokens, seeds=None):
         """Samples one response per prompt. prompts: lists of token ids; repeat one to sample it more often.
         temperature: one number, or one per prompt; 0 is greedy. seeds: one per prompt, to repeat a run exactly."""
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         engine = self.llm.llm_engine
         for i, ids in enumerate(prompts):
             engine.add_request(str(i), {"prompt_token_ids": ids}, self.SamplingParams(
-                temperature=temperatures[i], max_tokens=max_tokens, top_p=top_p, seed=seeds and seeds[i],
+                temperature=temperatures[i], max_tokens=max_tokens, seed=seeds and seeds[i],
                 stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
                 output_kind=self.output_kind))
         while engine.has_unfinished_requests():
@@ -94,7 +96,7 @@ class VLLMEngine:
             self.llm.sleep(level=2)  # drops weights and cache: `sync` must come before the next `generate`
 
     def sync(self, weights):
-        """weights: an iterator of (Hugging Face name, full tensor); each is loaded and let go before the next."""
+        """weights: an iterator of (Hugging Face name, full tensor), of which vLLM holds a layer's worth at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
             self.llm.wake_up(tags=["weights"])
@@ -128,6 +130,8 @@ class TransformersEngine:
 
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1, memory=None,
                  trust_remote_code=False):
+        if tensor_parallel > 1:
+            raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; the transformers engine has one model a rank")
         import transformers
         self.name = f"transformers {transformers.__version__}"
         self.device, self.stop = device, stop
@@ -137,7 +141,7 @@ class TransformersEngine:
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):
+    def generate(self, prompts, *, temperature, max_tokens, seeds=None):
         from transformers import GenerationConfig, LogitsProcessorList
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         # Neighbours in a batch share a temperature and, as far as possible, a length.
@@ -155,7 +159,7 @@ class TransformersEngine:
                 ids.to(self.device), attention_mask=attended.to(self.device),
                 logits_processor=LogitsProcessorList([recorder]),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max_tokens, do_sample=t > 0, temperature=t or None, top_p=top_p, top_k=0,
+                    max_new_tokens=max_tokens, do_sample=t > 0, temperature=t or None, top_p=1.0, top_k=0,
                     eos_token_id=self.stop, pad_token_id=self.stop[0]))
             logprobs = recorder.finish(output).tolist()
             for i, sampled, lp in zip(rows, output[:, width:].tolist(), logprobs, strict=True):

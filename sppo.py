@@ -15,6 +15,7 @@ No group of samples per prompt as in GRPO, no value per token as in PPO. Reading
 `clipped_policy_loss` are the mathematics, `SPPO` is the baseline, `train` is the loop; then critic.py, policy.py,
 rollout.py, reward.py. The other algorithms import the loop from here and bring their own baseline.
 """
+import os
 import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -70,8 +71,9 @@ class Config(CommandLine):
 
     # What differs when no --model is given: a model of 360k parameters wants other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
-        steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28, temperature=1.0,
-        max_prompt_tokens=64, max_response_tokens=64, eval_every=5, dtype="float32", checkpoint_activations=False)
+        steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28,
+        temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, eval_every=5, dtype="float32",
+        checkpoint_activations=False)
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -125,8 +127,7 @@ class Baseline:
         self.run = run
 
     def next_problems(self, step, count):
-        """The problems of a step (from 1). By default every problem once an epoch, in an order drawn anew each time.
-        A function of the step alone, so that a resumed run goes on where it was."""
+        """The problems of a step (from 1). By default every problem once an epoch, in an order drawn anew each time."""
         problems = self.run.problems
         places = [divmod(i, len(problems)) for i in range((step - 1) * count, step * count)]
         orders = {epoch: random.Random(f"{self.run.config.seed}/{epoch}").sample(problems, len(problems))
@@ -140,12 +141,6 @@ class Baseline:
     def update(self, batch):
         """Learns from the batch after the policy did. Returns metrics."""
         return {}
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
 
 
 class SPPO(Baseline):
@@ -200,7 +195,9 @@ class Run:
         self.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
         check_answers(self, c.dataset)
         torch.manual_seed(c.seed)
-        torch.use_deterministic_algorithms(c.deterministic)
+        if c.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it where there is CUDA
+            torch.use_deterministic_algorithms(True)
         self.random = random.Random(c.seed)  # the same on every rank
         # The engine goes first: on a GPU it sizes its cache by what is free, and then sleeps until it is needed.
         self.engine = make_engine(
@@ -226,13 +223,17 @@ class Run:
                     [prompts[jobs[j][0]] for j in mine],
                     temperature=[c.temperature if jobs[j][1] < samples else 0.0 for j in mine],
                     max_tokens=c.max_response_tokens,
-                    seeds=[first_seed + j for j in mine] if c.deterministic else None):
+                    # Seeds of its own for each response cost some speed; ranks that share an engine must agree, though.
+                    seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None):
                 # Verified while others are still being written. Cut off means no answer, whatever the text says.
                 text = self.tokenizer.decode(response.ids, skip_special_tokens=True) if response.finished else ""
                 done[mine[n]] = response, self.verifier.submit(text, problems[jobs[mine[n]][0]].answer)
         with self.clock("reward"):
             parts = [None] * world
-            dist.all_gather_object(parts, {j: (response, reward.result()) for j, (response, reward) in done.items()})
+            mine = {j: (response, reward.result()) for j, (response, reward) in done.items()}
+            dist.all_gather_object(parts, (mine, self.verifier.timeouts, self.verifier.crashes))
+            parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
+            self.given_up = {"reward/timeouts": sum(timeouts), "reward/crashes": sum(crashes)}
             done = {j: result for part in parts for j, result in part.items()}
         sampled = [j for j, (_, k) in enumerate(jobs) if k < samples]
         return Batch(
@@ -281,7 +282,7 @@ def train(config, make_baseline):
             engine.sync(policy.weights())
         clock.end_step()
 
-        log.add(describe(batch, run.verifier), mean_of(updates), learned, clock.step_times())
+        log.add(describe(batch), run.given_up, mean_of(updates), learned, clock.step_times())
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             evaluate(run, log, step)
         log.write(step, clock.total)
@@ -324,6 +325,10 @@ def training_options(c):
 
 def check_options(c):
     """Whatever can be seen to be wrong without loading a model or a dataset."""
+    for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
+                 "reward_workers", "reward_timeout", "tensor_parallel"):
+        if not getattr(c, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be greater than 0")
     if c.prompts_per_step % c.minibatch:
         raise InputError(f"--minibatch {c.minibatch} does not divide --prompts-per-step {c.prompts_per_step}; "
                          "choose a divisor, or the same number for one optimiser step a rollout")
@@ -335,8 +340,9 @@ def check_options(c):
 def load_data(c):
     """(tokenizer, training problems, held-out problems), without the problems whose prompts are too long."""
     tokenizer = load_tokenizer(c.model, c.trust_remote_code)
+    readers = [tokenizer] + ([load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else [])
     problems = load_problems(c.dataset)
-    fitting = [p for p in problems if len(render(p.messages, tokenizer)) <= c.max_prompt_tokens]
+    fitting = [p for p in problems if all(len(render(p.messages, t)) <= c.max_prompt_tokens for t in readers)]
     if len(fitting) < len(problems):
         say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts are longer "
             f"than --max-prompt-tokens {c.max_prompt_tokens}")
@@ -357,11 +363,10 @@ def check_answers(run, name):
                          f"could be verified against it ({len(bad)} such rows); correct or remove it")
 
 
-def describe(batch, verifier):
+def describe(batch):
     """What a batch of responses was like."""
     return {"reward": batch.rewards.mean().item(), "response_tokens": batch.lengths.float().mean().item(),
-            "truncated": sum(not r.finished for r in batch.responses) / len(batch.responses),
-            "reward/timeouts": verifier.timeouts, "reward/crashes": verifier.crashes}
+            "truncated": sum(not r.finished for r in batch.responses) / len(batch.responses)}
 
 
 def mean_of(dicts):

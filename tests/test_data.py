@@ -52,7 +52,8 @@ def test_duplicates_are_dropped_and_ids_are_rows(tmp_path):
     ('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+1?", "answer": " "}', "row 2: its answer is empty"),
     ('{"problem": "1+1?", "solution": "no box: \\\\boxed{"}', "row 1: its answer is empty"),
     ('{"prompt": [{"role": "assistant", "content": "hi"}], "answer": "2"}', "row 1: its prompt is not a list of chat"),
-    ('{"prompt": ["hi"], "answer": "2"}', "row 1: its prompt is not a list of chat")])
+    ('{"prompt": ["hi"], "answer": "2"}', "row 1: its prompt is not a list of chat"), ('{"prompt": 5, "answer": "2"}', "row 1"),
+    ('{"prompt": [{"role": "user", "content": null}], "answer": "2"}', "row 1: its prompt is not a list of chat")])
 def test_what_cannot_be_read_is_named(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(InputError, match="x.jsonl") as error:
