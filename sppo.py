@@ -15,6 +15,7 @@ No group of samples per prompt as in GRPO, no value per token as in PPO. Reading
 `clipped_policy_loss` are the mathematics, `SPPO` is the baseline, `train` is the loop; then critic.py, policy.py,
 rollout.py, reward.py. The other algorithms import the loop from here and bring their own baseline.
 """
+import importlib.util
 import os
 import random
 from dataclasses import dataclass
@@ -329,6 +330,9 @@ def check_options(c):
                  "reward_workers", "reward_timeout", "tensor_parallel"):
         if not getattr(c, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be greater than 0")
+    for name, package in (("engine", "vllm"), ("wandb", "wandb")):
+        if getattr(c, name) not in (None, "auto", "transformers") and not importlib.util.find_spec(package):
+            raise InputError(f"--{name} {getattr(c, name)} needs `pip install {package}`")
     if c.prompts_per_step % c.minibatch:
         raise InputError(f"--minibatch {c.minibatch} does not divide --prompts-per-step {c.prompts_per_step}; "
                          "choose a divisor, or the same number for one optimiser step a rollout")

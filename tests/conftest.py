@@ -16,7 +16,10 @@ def run(*arguments, ranks=0, timeout=600):
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": "1"} if ranks > 1 else {})}
+    # Not this process's own place in its world of one; and two ranks share two cores.
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": "1"} if ranks > 1 else {})}
     return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=timeout)
 

@@ -44,7 +44,7 @@ report["stale"] = stale
 report["ends"] = [(r.ids[-1], r.finished, len(r.ids) == len(r.logprobs)) for r in sample()]
 report["short"] = [(len(r.ids), r.finished) for r in sample(max_tokens=4)]
 report["greedy"] = [[r.ids for r in sample(temperature=0.0)] for _ in range(2)]
-mixed = sample(temperature=[0.0] * 24 + [3.0] * 24)
+mixed = sample(temperature=[0.0] * 24 + [1.9] * 24)
 report["mixed"] = [r.ids for r in mixed]
 report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
 print(json.dumps(report))

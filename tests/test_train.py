@@ -64,28 +64,30 @@ def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
 
 
 def test_two_ranks_learn_like_one(demo, tmp_path):
-    done = run("sppo.py", "--output", tmp_path, ranks=2)
+    done = run("sppo.py", "--steps", "20", "--output", tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
-    one, two = metrics(demo[1]), metrics(tmp_path)
-    print(f"\n1 rank {one[-1]['eval_accuracy']:.3f}, 2 ranks {two[-1]['eval_accuracy']:.3f}")
-    assert len(one) == len(two)
-    assert two[-1]["eval_accuracy"] >= 0.75
-    assert max(m["policy/rollout_gap"] for m in two[1:]) < 1e-3
+    one, two = ([m["eval_accuracy"] for m in metrics(folder)[:21] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
+    print(f"\naccuracy by 5 steps on 1 rank {one}, on 2 ranks {two}")
+    assert len(one) == len(two) == 5
+    assert two[0] < 0.6 and two[-1] >= 0.75
+    assert abs(sum(one[1:]) - sum(two[1:])) / 4 < 0.1
+    assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
     assert done.stdout.count("step  1/") == 1  # one rank speaks
 
 
 def test_the_fallback_engine_runs_the_same_loop(tmp_path):
-    done = run("sppo.py", *QUICK, "--engine", "transformers", "--output", tmp_path, "--critic-model", BUILTIN_MODEL)
+    """With what is for larger models switched on: a critic of its own, bfloat16, checkpointing, offload, warm-up."""
+    done = run("sppo.py", *QUICK, "--engine", "transformers", "--output", tmp_path, "--critic-model", BUILTIN_MODEL,
+               "--dtype", "bfloat16", "--checkpoint-activations", "--offload", "--warmup-steps", "3")
     assert done.returncode == 0, done.stderr
     assert "engine transformers" in done.stdout
-    assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
+    assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 0.1  # bfloat16
 
 
-@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=needs_vllm), "transformers"])
-def test_the_same_command_gives_the_same_numbers(tmp_path, engine):
+def test_the_same_command_gives_the_same_numbers(tmp_path):
     runs = []
     for name in ("a", "b"):
-        done = run("sppo.py", *QUICK, "--deterministic", "--engine", engine, "--output", tmp_path / name)
+        done = run("sppo.py", *QUICK, "--deterministic", "--output", tmp_path / name)
         assert done.returncode == 0, done.stderr
         runs.append([{k: v for k, v in m.items() if k != "seconds" and not k.startswith("time/")}
                      for m in metrics(tmp_path / name)])
