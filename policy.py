@@ -46,9 +46,10 @@ def init_distributed() -> torch.device:
 def check_model(model, tokens, trust_remote_code=False):
     """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
     `tokens`: the longest sequence that it will have to read."""
-    if not os.path.isfile(f"{model}/config.json") and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+    if not os.path.isfile(f"{model}/config.json"):
         try:  # one request; transformers would try for half a minute
-            get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=10)
+            if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+                get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=10)
         except Exception as error:
             raise InputError(f"{model}: is neither a folder with a config.json nor a model on the hub that can be read "
                              f"from here ({str(error).strip().splitlines()[0]})") from None
@@ -168,7 +169,7 @@ class Trained:
         options = dict(
             mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
             mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
-            offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+            offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
         blocks = set(backbone._no_split_modules or ())
         for block in [m for m in module.modules() if type(m).__name__ in blocks]:
             fully_shard(block.float(), **options)  # one block at a time in float32: a whole model might not fit
