@@ -5,7 +5,7 @@ REQUIREMENTS = $(shell command -v nvidia-smi >/dev/null 2>&1 && echo requirement
 help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: install  ## train the built-in model with SPPO: two minutes on a laptop
+demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
 	$(BIN)/python sppo.py
 
 test: install  ## linter and the whole test suite
