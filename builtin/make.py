@@ -1,6 +1,6 @@
 """Makes the built-in model: a 350k-parameter Qwen2 that does modular arithmetic step by step, and slips.
 
-    python builtin/make.py            # 6 minutes on 2 cores; rewrites the checkpoint in this folder
+    python builtin/make.py            # 14 minutes on 2 busy cores; rewrites the checkpoint in this folder
 
 It is trained on demonstrations in which one step in six is wrong, so at temperature 1 it knows the method but
 is right only about half of the time. That is the state in which reinforcement learning finds a reasoning model:
