@@ -109,7 +109,8 @@ class Clock:
 
 # The columns of a step's line: those of them that the algorithm reports.
 COLUMNS = (("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"), ("clip", "policy/clip_fraction", ".3f"),
-           ("critic", "critic/loss", ".3f"), ("auc", "critic/auc", ".2f"), ("seconds", "time/step", ".1f"),
+           ("critic", "critic/loss", ".3f"), ("auc", "critic/auc", ".2f"), ("all equal", "group/all_equal", ".2f"),
+           ("seconds", "time/step", ".1f"),
            ("accuracy", "eval_accuracy", ".3f"))
 
 

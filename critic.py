@@ -6,29 +6,29 @@ model much smaller than the policy can learn it.
 """
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
 from data import load_tokenizer, render
-from policy import Trained, micro_batches
+from policy import Trained
 
 
 class ValueModel(nn.Module):
-    """A backbone and one linear layer: the logit of V at the prompt's last token."""
+    """A causal backbone (hub name or folder) and one linear layer: a number for every state that is asked for."""
 
-    def __init__(self, backbone):
+    def __init__(self, model, trust_remote_code=False):
         super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=True)
+        self.backbone = AutoModel.from_pretrained(
+            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+        self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
         nn.init.zeros_(self.head.weight)  # V = 1/2 for every prompt, until something was learned
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids, last):
-        """ids [b, L] right-padded, last [b]: position of each prompt's last token -> logits [b]."""
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).clone()  # FSDP wants no views
+    def forward(self, ids, scored):
+        """ids [b, L] right-padded; scored [b, up to L] bool -> the head's outputs there [scored.sum()]."""
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, : scored.shape[1]]
+        return self.head(hidden[scored]).squeeze(-1).float().clone()  # FSDP wants no views
 
 
 class PromptCritic(Trained):
@@ -37,9 +37,7 @@ class PromptCritic(Trained):
     def __init__(self, model, device, *, minibatch, trust_remote_code=False, **options):
         self.tokenizer = load_tokenizer(model, trust_remote_code)
         self.minibatch = minibatch
-        backbone = AutoModel.from_pretrained(
-            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code)
-        super().__init__(ValueModel(backbone), device, **options)
+        super().__init__(ValueModel(model, trust_remote_code), device, **options)
 
     def encode(self, problems):
         """Token ids of each problem's prompt as this critic reads it."""
@@ -51,19 +49,12 @@ class PromptCritic(Trained):
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for i, prompt in enumerate(rows):
             ids[i, : len(prompt)] = torch.tensor(prompt)
-        last = torch.tensor([len(prompt) - 1 for prompt in rows])
-        return self.module(ids.to(self.device), last.to(self.device)).float()[: len(prompts)]
+        last = torch.tensor([len(prompt) for prompt in rows])[:, None] - 1 == torch.arange(ids.shape[1])
+        return self.module(ids.to(self.device), last.to(self.device))[: len(prompts)]
 
-    @torch.no_grad()
     def logits(self, prompts):
-        """Logits [B] of V, on the CPU, the same on every rank; the ranks share the work."""
-        result = torch.zeros(len(prompts))
-        for rows in micro_batches([len(p) for p in prompts], self.micro_batch_tokens):
-            logits = self.score([prompts[row] for row in rows])
-            if rows:
-                result[rows] = logits.cpu()
-        dist.all_reduce(result)
-        return result
+        """Logits [B] of V, without gradient, on the CPU, the same on every rank."""
+        return self.infer([len(p) for p in prompts], 1, lambda rows: self.score([prompts[row] for row in rows])[:, None])[:, 0]
 
     def update(self, prompts, rewards):
         """One epoch of L_V = BCE(V(s_p), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
@@ -85,10 +76,9 @@ class PromptCritic(Trained):
 
 # ---- does the critic know which prompts are solvable? ---------------------------------------------------------------
 
-def calibration(logits, rewards):
-    """How well V predicted the rewards [B] that it had not seen: BCE, AUC and explained variance."""
-    values = logits.sigmoid()
-    return {"critic/bce": F.binary_cross_entropy_with_logits(logits, rewards).item(),
+def calibration(values, rewards):
+    """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and explained variance."""
+    return {"critic/bce": F.binary_cross_entropy(values, rewards).item(),
             "critic/auc": auc(values.numpy(), rewards.numpy()),
             "critic/explained_variance": explained_variance(values.numpy(), rewards.numpy())}
 

@@ -37,17 +37,18 @@ class Problem:
 def load_problems(spec, size=20_000, seed=0):
     """All problems of `spec`, in their source's order, duplicates removed:
 
-        chain                       the built-in task (`size` problems, generated from `seed`)
+        chain or chain:SIZE         the built-in task (`size` problems, generated from `seed`)
         reasoning_gym:NAME          procedural problems (`size` of them; pip install reasoning-gym)
         FILE.jsonl, FILE.parquet    one problem a row
         HUB/NAME or HUB/NAME:SPLIT  a hub dataset; the split is `train` unless named
 
     Raises InputError, naming the file and the row, for what cannot be read.
     """
-    if spec == "chain":
-        rows = chain_rows(size, seed)
-    elif spec.startswith("reasoning_gym:"):
-        rows = reasoning_gym_rows(spec.partition(":")[2], size, seed)
+    name, _, argument = spec.partition(":")
+    if name == "chain" and (not argument or argument.isdigit()):
+        rows = chain_rows(int(argument or size), seed)
+    elif name == "reasoning_gym":
+        rows = reasoning_gym_rows(argument, size, seed)
     elif spec.endswith((".jsonl", ".parquet")):
         rows = file_rows(Path(spec))
     else:

@@ -151,6 +151,27 @@ class LogProbModel(nn.Module):
         return ChunkedLogProbs.apply(hidden[scored], weight, ids[:, 1:][scored], temperature)
 
 
+def pad(sequences, device):
+    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [b, L-1], True at the states from
+    which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the longest response.
+    """
+    sequences = sequences or [([0, 0], [])]  # for a rank that only keeps others company
+    length = max(len(p) + len(r) for p, r in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    scored = torch.zeros(len(sequences), length - 1, dtype=torch.bool)
+    mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
+    for i, (prompt, response) in enumerate(sequences):
+        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+        mask[i, : len(response)] = True
+    return ids.to(device), scored.to(device), mask.to(device)
+
+
+def unflatten(flat, mask):
+    """[mask.sum()] -> [b, T], 0 outside the mask. `scored` and `mask` have as many True in each row: orders match."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 class Trained:
@@ -202,6 +223,18 @@ class Trained:
         self.optimizer.zero_grad()
         return dict(zip(totals, values.tolist(), strict=True), grad_norm=norm.full_tensor().item())
 
+    @torch.no_grad()
+    def infer(self, lengths, width, score):
+        """`score(rows)` [b, up to `width`] of all rows, as [B, width] on the CPU, the same on every rank; they share the
+        work. `rows` may be empty, as in `optimize`."""
+        result = torch.zeros(len(lengths), width)
+        for rows in micro_batches(lengths, self.micro_batch_tokens):
+            part = score(rows)
+            if rows:
+                result[rows, : part.shape[1]] = part.cpu().float()
+        dist.all_reduce(result)  # each row was written by one rank
+        return result
+
 
 class Policy(Trained):
     """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
@@ -222,34 +255,16 @@ class Policy(Trained):
     def score(self, sequences):
         """Log-probabilities and entropies of responses under the current weights, with gradient.
 
-        sequences: list of (prompt ids, response ids); may be empty, for a rank that only keeps others company.
+        sequences: list of (prompt ids, response ids); may be empty.
         Returns logprobs, entropy [b, T], T the longest response here; 0 beyond a response's end.
         """
-        sequences = sequences or [([0, 0], [])]
-        length = max(len(p) + len(r) for p, r in sequences)
-        ids = torch.zeros(len(sequences), length, dtype=torch.long)
-        scored = torch.zeros(len(sequences), length - 1, dtype=torch.bool)
-        mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
-        for i, (prompt, response) in enumerate(sequences):
-            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-            scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
-            mask[i, : len(response)] = True
-        mask = mask.to(self.device)
-        flat = self.module(ids.to(self.device), scored.to(self.device), self.temperature)
-        # `scored` and `mask` have the same number of True in each row, so row-major order matches.
-        return tuple(torch.zeros(mask.shape, dtype=f.dtype, device=self.device).masked_scatter(mask, f) for f in flat)
+        ids, scored, mask = pad(sequences, self.device)
+        return tuple(unflatten(flat, mask) for flat in self.module(ids, scored, self.temperature))
 
-    @torch.no_grad()
     def logprobs(self, sequences):
-        """Log-probabilities [B, T] of all responses, on the CPU, the same on every rank; the ranks share the work."""
-        longest = max(len(r) for _, r in sequences)
-        result = torch.zeros(len(sequences), longest)
-        for rows in micro_batches([len(p) + len(r) for p, r in sequences], self.micro_batch_tokens):
-            logprobs, _ = self.score([sequences[row] for row in rows])
-            if rows:
-                result[rows, : logprobs.shape[1]] = logprobs.cpu().float()
-        dist.all_reduce(result)  # each row was written by one rank
-        return result
+        """Log-probabilities [B, T] of all responses, without gradient, on the CPU, the same on every rank."""
+        return self.infer([len(p) + len(r) for p, r in sequences], max(len(r) for _, r in sequences),
+                          lambda rows: self.score([sequences[row] for row in rows])[0])
 
     def weights(self, dtype=None):
         """(Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""

@@ -38,7 +38,7 @@ from rollout import Response, make_engine, stop_tokens
 class Config(CommandLine):
     model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder (default: the built-in model)")
     critic_model: str | None = option(None, "where the critic starts from (default: the policy's model)")
-    dataset: str = option("chain", "chain (built in), reasoning_gym:NAME, FILE.jsonl, FILE.parquet, or HUB/NAME[:SPLIT]")
+    dataset: str = option("chain", "chain[:SIZE] (built in), reasoning_gym:NAME, FILE.jsonl, FILE.parquet, or HUB/NAME[:SPLIT]")
     answer: Literal["boxed", "any"] = option("boxed", "what is an answer: the last \\boxed{}, or failing that any last number")
     output: str = option("runs/sppo", "folder for metrics.jsonl, TensorBoard events and the trained model")
     steps: int = option(500, "training steps: one rollout and its updates each")
@@ -75,6 +75,22 @@ class Config(CommandLine):
         steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28,
         temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, eval_every=5, dtype="float32",
         checkpoint_activations=False)
+
+    def check(self):
+        """Whatever can be seen to be wrong without loading a model or a dataset."""
+        for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
+                     "reward_workers", "reward_timeout", "tensor_parallel"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
+        for name, package in (("engine", "vllm"), ("wandb", "wandb")):
+            if getattr(self, name) not in (None, "auto", "transformers") and not importlib.util.find_spec(package):
+                raise InputError(f"--{name} {getattr(self, name)} needs `pip install {package}`")
+        if self.prompts_per_step % self.minibatch:
+            raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step {self.prompts_per_step}; "
+                             "choose a divisor, or the same number for one optimiser step a rollout")
+        check_model(self.model, self.max_prompt_tokens + self.max_response_tokens, self.trust_remote_code)
+        if self.critic_model:
+            check_model(self.critic_model, self.max_prompt_tokens, self.trust_remote_code)
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -159,7 +175,7 @@ class SPPO(Baseline):
         return sequence_advantages(batch.rewards, self.logits)
 
     def update(self, batch):
-        return {**calibration(self.logits, batch.rewards), **self.critic.update(self.prompts, batch.rewards)}
+        return {**calibration(self.logits.sigmoid(), batch.rewards), **self.critic.update(self.prompts, batch.rewards)}
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -187,7 +203,7 @@ class Run:
 
     def __init__(self, config):
         self.config = c = config
-        check_options(c)
+        c.check()
         self.tokenizer, self.problems, self.held_out = load_data(c)
         self.device = init_distributed()
         if dist.get_world_size() % c.tensor_parallel:
@@ -322,23 +338,6 @@ def training_options(c):
     return dict(weight_decay=c.weight_decay, warmup_steps=c.warmup_steps, max_grad_norm=c.max_grad_norm, dtype=c.dtype,
                 micro_batch_tokens=c.micro_batch_tokens, checkpoint_activations=c.checkpoint_activations,
                 offload=c.offload, trust_remote_code=c.trust_remote_code)
-
-
-def check_options(c):
-    """Whatever can be seen to be wrong without loading a model or a dataset."""
-    for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
-                 "reward_workers", "reward_timeout", "tensor_parallel"):
-        if not getattr(c, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be greater than 0")
-    for name, package in (("engine", "vllm"), ("wandb", "wandb")):
-        if getattr(c, name) not in (None, "auto", "transformers") and not importlib.util.find_spec(package):
-            raise InputError(f"--{name} {getattr(c, name)} needs `pip install {package}`")
-    if c.prompts_per_step % c.minibatch:
-        raise InputError(f"--minibatch {c.minibatch} does not divide --prompts-per-step {c.prompts_per_step}; "
-                         "choose a divisor, or the same number for one optimiser step a rollout")
-    for model in filter(None, (c.model, c.critic_model)):
-        check_model(model, c.max_prompt_tokens + c.max_response_tokens if model == c.model else c.max_prompt_tokens,
-                    c.trust_remote_code)
 
 
 def load_data(c):

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -16,12 +17,17 @@ def run(*arguments, ranks=0, timeout=600):
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    # Not this process's own place in its world of one; and two ranks share two cores.
+    # Not this process's own place in its world of one; and on two cores, models this small are faster with one thread.
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": "1"} if ranks > 1 else {})}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=timeout)
+
+
+def metrics(folder):
+    """What a run wrote: a dictionary a step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,16 +6,12 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, metrics, run
 
 from data import BUILTIN_MODEL
 
 QUICK = ["--steps", "2", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8"]
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""GRPO, RLOO and ReMax: baselines made of more samples, where SPPO's is made by a critic.
+
+    python grpo.py                                  GRPO  (arXiv 2402.03300): 8 samples a prompt, less their mean, by their std
+    python grpo.py --no-normalize                   the same without the std (arXiv 2503.20783)
+    python grpo.py --baseline rloo                  RLOO  (arXiv 2402.14740): less the mean of the other samples
+    python grpo.py --baseline remax                 ReMax (arXiv 2310.10505): less the reward of the greedy response
+
+What differs from sppo.py, whose loop this is: nothing is learned here and no second model is held; each prompt costs
+more samples instead. Where all of them are right, or all wrong, every advantage is zero, and what they cost has bought
+no gradient: `group/all_equal` is the share of such prompts.
+"""
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import sppo
+from cli import option
+from data import InputError
+from sppo import Baseline, train
+
+
+@dataclass
+class Config(sppo.Config):
+    output: str | None = option(None, "folder for metrics.jsonl, TensorBoard events and the trained model [runs/BASELINE]")
+    baseline: Literal["grpo", "rloo", "remax"] = option("grpo", "what is subtracted from the reward")
+    group_size: int = option(8, "responses per prompt (grpo, rloo)")
+    normalize: bool = option(True, "divide by the standard deviation of the group (grpo)")
+
+    # As many responses a step and an optimiser step as sppo.py has on its built-in model, of an eighth of the prompts.
+    BUILTIN: ClassVar[dict] = {**sppo.Config.BUILTIN, "prompts_per_step": 16, "minibatch": 4}
+
+    def __post_init__(self):
+        self.output = self.output or f"runs/{self.baseline}"
+
+    def check(self):
+        super().check()
+        if self.baseline != "remax" and self.group_size < 2:
+            raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; give 2 or more")
+        if self.critic_model:
+            raise InputError(f"--critic-model {self.critic_model}: {self.baseline} has no critic; leave the option out")
+
+
+def group_advantages(rewards, group_size, normalize=True):
+    """(R - mean) / (std + 1e-6) of each group, std with N - 1 (arXiv 2402.03300, eq. 3). rewards [B*N] -> [B*N].
+    The N = group_size samples of a prompt are adjacent. Without `normalize`, R - mean."""
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if normalize:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
+    return advantages.flatten()
+
+
+def rloo_advantages(rewards, group_size):
+    """R less the mean of the group's N - 1 other rewards (arXiv 2402.14740). rewards [B*N] -> [B*N]."""
+    groups = rewards.view(-1, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def remax_advantages(rewards, greedy_rewards):
+    """R less the reward of the same prompt's greedy response (arXiv 2310.10505). rewards, greedy_rewards [B] -> [B]."""
+    return rewards - greedy_rewards
+
+
+class GRPO(Baseline):
+    """The other samples of a prompt are its baseline."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.samples_per_prompt = run.config.group_size
+
+    def advantages(self, batch):
+        return group_advantages(batch.rewards, self.samples_per_prompt, self.run.config.normalize)
+
+    def update(self, batch):
+        groups = batch.rewards.view(-1, self.samples_per_prompt)
+        return {"group/all_equal": (groups == groups[:, :1]).all(1).float().mean().item()}
+
+
+class RLOO(GRPO):
+    """The same without a bias: a response is no part of its own baseline."""
+
+    def advantages(self, batch):
+        return rloo_advantages(batch.rewards, self.samples_per_prompt)
+
+
+class ReMax(Baseline):
+    """The greedy response is the baseline; it is generated beside the sampled one, and not trained on."""
+
+    wants_greedy = True
+
+    def advantages(self, batch):
+        return remax_advantages(batch.rewards, batch.greedy_rewards)
+
+    def update(self, batch):
+        return {"group/all_equal": (batch.rewards == batch.greedy_rewards).float().mean().item(),
+                "greedy_reward": batch.greedy_rewards.mean().item()}
+
+
+if __name__ == "__main__":
+    config = Config.parse(__doc__)
+    train(config, {"grpo": GRPO, "rloo": RLOO, "remax": ReMax}[config.baseline])

@@ -1,0 +1,167 @@
+"""PPO for language models, with a value for every token: what SPPO does away with.
+
+    python ppo.py                          clipped squared error, as in PPO (arXiv 1707.06347)
+    python ppo.py --value-loss bce         the papers' ablation: the same critic trained with cross-entropy
+
+What differs from sppo.py, whose loop this is: a response is not one action but T of them, so the critic must say at
+every token how likely the response is to end well, GAE (arXiv 1506.02438) turns these values into an advantage per
+token, and the advantages are whitened. The critic reads prompt and response: it must share the policy's tokenizer, and
+it costs as much to train as a policy of its size, where SPPO's reads the prompt alone.
+
+The "tail effect" (arXiv 2604.08865): near a response's end the critic can see whether it went well, and V(s_t) comes
+to R, which leaves no advantage where the answer is written; near its start it can not. `critic/auc_tenth_1` to `_10`
+show how well V(s_t) tells right responses from wrong ones, by tenths of their length.
+"""
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import sppo
+from cli import option
+from critic import ValueModel, auc, explained_variance
+from data import InputError, load_tokenizer
+from policy import Trained, check_model, pad, unflatten
+from sppo import Baseline, train, training_options
+
+
+@dataclass
+class Config(sppo.Config):
+    output: str | None = option(None, "folder for metrics.jsonl, TensorBoard events and the trained model [runs/ppo or -bce]")
+    value_loss: Literal["mse", "bce"] = option("mse", "what fits the critic: clipped squared error, or binary cross-entropy")
+    value_clip: float = option(0.2, "with mse, a value may leave the one that it had when sampled by this much in a step")
+    gamma: float = option(1.0, "discount per token")
+    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
+
+    BUILTIN: ClassVar[dict] = sppo.Config.BUILTIN
+
+    def __post_init__(self):
+        self.output = self.output or {"mse": "runs/ppo", "bce": "runs/ppo-bce"}[self.value_loss]
+
+    def check(self):
+        super().check()
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
+        if self.critic_model:
+            check_model(self.critic_model, self.max_prompt_tokens + self.max_response_tokens, self.trust_remote_code)
+            ours, its = (load_tokenizer(m, self.trust_remote_code).get_vocab() for m in (self.model, self.critic_model))
+            if ours != its:
+                raise InputError(f"--critic-model {self.critic_model}: reads other tokens than {self.model}, and a critic with "
+                                 "a value per token must read the policy's own; choose one of the same family")
+
+
+# ---- the mathematics ------------------------------------------------------------------------------------------------
+
+def gae(rewards, values, mask, gamma=1.0, lam=1.0):
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), and the returns that values are fitted to.
+
+    rewards, values, mask [B, T] -> advantages, returns [B, T], both 0 where mask is; not whitened.
+        delta_t = r_t + gamma V(s_t+1) - V(s_t)       A_t = delta_t + gamma lam A_t+1       returns = A + V
+    A masked position is stepped over: what follows a token is the next unmasked one. V is 0 after the last.
+    """
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t].bool()
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = next_advantage
+    return advantages * mask, (advantages + values) * mask
+
+
+def whiten(x, mask):
+    """x [B, T] less its mean over the mask, divided by its standard deviation there; 0 outside. In float64, or equal
+    numbers would become rounding divided by rounding."""
+    x = x.double()
+    inside = x[mask.bool()]
+    return (x - inside.mean()) / (inside.std() + 1e-8) * mask
+
+
+def value_loss(outputs, old_values, returns, mask, num_tokens, kind, clip):
+    """Sum over the mask / num_tokens of each token's loss; all [B, T]. `outputs` are the head's: V for "mse", its logit
+    for "bce". The squared error is the larger of V's and of V's clipped to old_values +- clip (as PPO's policy loss)."""
+    if kind == "bce":  # returns are mixtures of R and V, both in [0, 1]: but for rounding, so are they
+        losses = F.binary_cross_entropy_with_logits(outputs, returns.clamp(0, 1), reduction="none")
+    else:
+        clipped = old_values + (outputs - old_values).clamp(-clip, clip)
+        losses = torch.maximum((outputs - returns) ** 2, (clipped - returns) ** 2) / 2
+    return (losses * mask).sum() / num_tokens
+
+
+# ---- the critic and the baseline ------------------------------------------------------------------------------------
+
+class TokenCritic(Trained):
+    """V(s_t) for every state of a response: the prompt, and the prompt with the first t tokens."""
+
+    def __init__(self, model, device, *, kind, clip, minibatch, trust_remote_code=False, **options):
+        self.kind, self.clip, self.minibatch = kind, clip, minibatch
+        super().__init__(ValueModel(model, trust_remote_code), device, **options)
+
+    def score(self, sequences):
+        """The head's outputs [b, T] at the states of (prompt ids, response ids) pairs, with gradient; 0 past the end."""
+        ids, scored, mask = pad(sequences, self.device)
+        return unflatten(self.module(ids, scored), mask)
+
+    def values(self, sequences):
+        """V(s_t) [B, T] without gradient, on the CPU, the same on every rank."""
+        outputs = self.infer([len(p) + len(r) for p, r in sequences], max(len(r) for _, r in sequences),
+                             lambda rows: self.score([sequences[row] for row in rows]))
+        return outputs.sigmoid() if self.kind == "bce" else outputs
+
+    def update(self, batch, old_values, returns):
+        """One epoch over the batch in mini-batches. old_values, returns [B, T]. Returns metrics."""
+        done = []
+        for start in range(0, len(batch.responses), self.minibatch):
+            chunk = slice(start, start + self.minibatch)
+            sequences, mask = batch.sequences[chunk], batch.mask[chunk]
+            old, targets = old_values[chunk], returns[chunk]
+
+            def loss_of(rows, sequences=sequences, mask=mask, old=old, targets=targets):
+                outputs = self.score([sequences[row] for row in rows])
+                before, target, inside = (x[rows, : outputs.shape[1]].to(outputs.device) for x in (old, targets, mask))
+                loss = value_loss(outputs[: len(rows)], before, target, inside, mask.sum(), self.kind, self.clip)
+                return loss, {"loss": loss.detach()}
+
+            done.append(self.optimize([len(p) + len(r) for p, r in sequences], loss_of))
+        return {f"critic/{name}": float(np.mean([d[name] for d in done])) for name in done[0]}
+
+
+class PPO(Baseline):
+    """One sample per prompt, against a value per token."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        c = run.config
+        self.critic = TokenCritic(c.critic_model or c.model, run.device, kind=c.value_loss, clip=c.value_clip,
+                                  minibatch=c.minibatch, lr=c.critic_lr, **training_options(c))
+
+    def advantages(self, batch):
+        c = self.run.config
+        self.values = self.critic.values(batch.sequences)
+        rewards = torch.zeros_like(self.values)
+        rewards[torch.arange(len(rewards)), batch.lengths - 1] = batch.rewards  # earned with the last token
+        advantages, self.returns = gae(rewards, self.values, batch.mask, c.gamma, c.lam)
+        minibatches = zip(advantages.split(c.minibatch), batch.mask.split(c.minibatch), strict=True)
+        return torch.cat([whiten(a, mask) for a, mask in minibatches])
+
+    def update(self, batch):
+        prompt_values = self.values[:, 0].numpy()  # V(s_0) has read the prompt alone, like SPPO's
+        return {"critic/auc": auc(prompt_values, batch.rewards.numpy()),
+                "critic/explained_variance": explained_variance(prompt_values, batch.rewards.numpy()),
+                **tail_effect(self.values, batch.lengths, batch.rewards),
+                **self.critic.update(batch, self.values, self.returns)}
+
+
+def tail_effect(values, lengths, rewards):
+    """AUC of V(s_t) [B, T] between right and wrong responses at the middle of each tenth of their lengths [B]."""
+    rows = torch.arange(len(lengths))
+    return {f"critic/auc_tenth_{k + 1}": auc(values[rows, ((k + 0.5) / 10 * lengths).long()].numpy(), rewards.numpy())
+            for k in range(10)}
+
+
+if __name__ == "__main__":
+    train(Config.parse(__doc__), PPO)

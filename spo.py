@@ -1,0 +1,166 @@
+"""SPO: Single-stream Policy Optimization (arXiv 2509.13232), SPPO's sibling. No group and no critic: a notebook.
+
+    python spo.py
+
+What differs from sppo.py, whose loop this is: the expected reward of a prompt is not predicted but remembered, by two
+numbers per prompt that count successes and failures and forget them as the policy moves. That costs no second model;
+but a prompt must come back for its numbers to be of use, and what was learned about one says nothing about another.
+Prompts whose outcome is uncertain come more often, and advantages are normalised over the whole batch.
+"""
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+import sppo
+from cli import option, say
+from critic import calibration
+from data import InputError
+from sppo import Baseline, train
+
+
+@dataclass
+class Config(sppo.Config):
+    output: str = option("runs/spo", "folder for metrics.jsonl, TensorBoard events and the trained model")
+    prompts_per_step: int = option(1024, "prompts sampled in a step")
+    clip_high: float = option(0.28, "the ratio is clipped above 1 + this")
+    init_samples: int = option(8, "responses per problem, before step 1, that the tracker starts from; 0: it starts from 1/2")
+
+    # A prompt must come back: with 1,024 training problems each is drawn five times.
+    BUILTIN: ClassVar[dict] = {**sppo.Config.BUILTIN, "dataset": "chain:1280"}
+
+    def check(self):
+        super().check()
+        if self.critic_model:
+            raise InputError(f"--critic-model {self.critic_model}: spo has no critic; leave the option out")
+        if self.init_samples < 0:
+            raise InputError(f"--init-samples {self.init_samples}: must be 0 or more")
+
+
+class ValueTracker:
+    """v = alpha / (alpha + beta) for each of `num_prompts` prompts, by number (arXiv 2509.13232, section 3.1).
+
+    After a reward r in {0, 1}: alpha <- rho alpha + r, beta <- rho beta + 1 - r, where rho = 2^(-D / half_life), clamped
+    to [rho_min, rho_max], and D is the mean |difference of log-probability| per token, on the prompt's last response,
+    between the policy that wrote it and the policy now. 1 / (1 - rho) is how many samples v remembers.
+    """
+
+    def __init__(self, num_prompts, half_life=0.06, rho_min=0.875, rho_max=0.96):
+        self.alpha, self.beta = np.full(num_prompts, 0.5), np.full(num_prompts, 0.5)
+        self.half_life, self.rho_min, self.rho_max = half_life, rho_min, rho_max
+
+    def start(self, ids, rewards):
+        """From first samples: rewards [len(ids), n]. As much weight as the tracker can remember, spread by the success
+        rate with half a success and half a failure added."""
+        weight, n = 1 / (1 - self.rho_min), rewards.shape[1]
+        successes = rewards.sum(1)
+        self.alpha[ids] = weight * (successes + 0.5) / (n + 1)
+        self.beta[ids] = weight * (n - successes + 0.5) / (n + 1)
+
+    def values(self, ids):
+        """v [len(ids)], float64."""
+        return self.alpha[ids] / (self.alpha[ids] + self.beta[ids])
+
+    def update(self, ids, rewards, kl):
+        """ids, rewards, kl (D) [n], in the order sampled; a prompt may occur more than once."""
+        for i, r, rho in zip(ids, rewards, self.rho(kl), strict=True):
+            self.alpha[i] = rho * self.alpha[i] + r
+            self.beta[i] = rho * self.beta[i] + 1 - r
+
+    def rho(self, kl):
+        return np.clip(2.0 ** (-np.asarray(kl, dtype=np.float64) / self.half_life), self.rho_min, self.rho_max)
+
+    def sampling_weights(self):
+        """sqrt(v (1 - v)) + 0.05 of all prompts [num_prompts], not normalised: uncertain ones first, but none never."""
+        v = self.values(slice(None))
+        return np.sqrt(v * (1 - v)) + 0.05
+
+    def state_dict(self):
+        return {"alpha": self.alpha, "beta": self.beta}
+
+    def load_state_dict(self, state):
+        if len(state["alpha"]) != len(self.alpha):
+            raise InputError(f"the checkpoint tracks {len(state['alpha'])} problems and the dataset has {len(self.alpha)}; "
+                             "continue with the dataset that the run began with")
+        self.alpha, self.beta = state["alpha"].copy(), state["beta"].copy()
+
+
+def normalize(advantages):
+    """[B] less its mean, divided by its standard deviation; in float64, or equal ones would be rounding over rounding."""
+    advantages = advantages.double()
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+class SPO(Baseline):
+    """One sample per prompt, against what is remembered of that prompt. Prompts are known by their row in the dataset."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.ids = np.array([p.id for p in run.problems])
+        self.tracker = ValueTracker(1 + max(p.id for p in run.problems + run.held_out))
+        self.last = {}  # id -> (ids, log-probabilities) of its last response, six bytes a token
+
+    def next_problems(self, step, count):
+        if step == 1 and self.run.config.init_samples:
+            self.start()
+        weights = self.tracker.sampling_weights()[self.ids]
+        # Drawn again each step from the seed and the step: the same on every rank, and after a restart.
+        rng = np.random.default_rng(random.Random(f"{self.run.config.seed}/{step}").getrandbits(64))
+        chosen = rng.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum())
+        return [self.run.problems[i] for i in chosen]
+
+    def start(self):
+        """The tracker's first values, from samples of the policy before training. Step 1 pays for the time."""
+        run, n = self.run, self.run.config.init_samples
+        say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, for the tracker's first values.")
+        firsts = []
+        for i in range(0, len(run.problems), run.config.prompts_per_step):
+            problems = run.problems[i : i + run.config.prompts_per_step]
+            batch = run.sample(problems, n)
+            self.tracker.start([p.id for p in problems], batch.rewards.view(-1, n).double().numpy())
+            firsts += zip(problems, batch.sequences[n - 1 :: n], strict=True)
+        run.engine.sleep()
+        for i in range(0, len(firsts), run.config.prompts_per_step):
+            problems, sequences = zip(*firsts[i : i + run.config.prompts_per_step], strict=True)
+            self.remember(problems, sequences, run.policy.logprobs(sequences))
+        run.engine.sync(run.policy.weights())
+
+    def remember(self, problems, sequences, logprobs):
+        for problem, (_, ids), values in zip(problems, sequences, logprobs, strict=True):
+            self.last[problem.id] = (np.array(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
+
+    def moved(self, batch):
+        """D [B]: how far the policy is from the one that last answered each prompt, on that answer; 0 for the first."""
+        distance = np.zeros(len(batch.problems))
+        known = [i for i, p in enumerate(batch.problems) if p.id in self.last]
+        if known:
+            then = [self.last[batch.problems[i].id] for i in known]
+            now = self.run.policy.logprobs([(batch.prompts[i], ids.tolist()) for i, (ids, _) in zip(known, then, strict=True)])
+            distance[known] = [np.abs(new[: len(ids)].numpy() - old).mean() for new, (ids, old) in zip(now, then, strict=True)]
+        return distance
+
+    def advantages(self, batch):
+        if batch.old_logprobs is None:  # the trainer's, not the engine's: their difference is not the policy's movement
+            batch.old_logprobs = self.run.policy.logprobs(batch.sequences)
+        self.distance = self.moved(batch)
+        self.remember(batch.problems, batch.sequences, batch.old_logprobs)
+        self.values = torch.tensor(self.tracker.values([p.id for p in batch.problems]), dtype=torch.float32)
+        return normalize(batch.rewards - self.values)
+
+    def update(self, batch):
+        self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
+        return {**calibration(self.values, batch.rewards),
+                "tracker/distance": self.distance.mean(), "tracker/rho": self.tracker.rho(self.distance).mean()}
+
+    def state_dict(self):
+        return {"tracker": self.tracker.state_dict(), "last": self.last}
+
+    def load_state_dict(self, state):
+        self.tracker.load_state_dict(state["tracker"])
+        self.last = dict(state["last"])
+
+
+if __name__ == "__main__":
+    train(Config.parse(__doc__), SPO)

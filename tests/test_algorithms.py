@@ -1,0 +1,85 @@
+"""grpo.py, ppo.py and spo.py as their users run them, on the loop of sppo.py."""
+import dataclasses
+import importlib
+import re
+
+import pytest
+from conftest import ROOT, metrics, run
+
+QUICK = ["--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8"]
+
+
+@pytest.mark.parametrize("command, reports", [
+    (["grpo.py", "--steps", "12"], {"group/all_equal"}),
+    (["ppo.py", "--steps", "8"], {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
+    (["spo.py", "--steps", "8", "--init-samples", "1"], {"critic/auc", "tracker/rho", "tracker/distance"})])
+def test_they_learn_on_two_ranks(tmp_path, command, reports):
+    done = run(*command, "--eval-every", "4", "--output", tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path)
+    assert all(reports <= m.keys() for m in lines[1:])
+    assert all(m["policy/rollout_gap"] < 1e-3 for m in lines[1:])
+    assert lines[-1]["eval_accuracy"] >= lines[0]["eval_accuracy"] + 0.15
+    if command[0] == "spo.py":  # what is remembered is compared: the policy moved, and the tracker forgets in bounds
+        assert 0 < lines[-1]["tracker/distance"] < 1 and 0.875 <= lines[-1]["tracker/rho"] <= 0.96
+
+
+@pytest.mark.parametrize("command, reports", [
+    (["grpo.py", "--no-normalize", "--group-size", "3", "--engine", "transformers"], "group/all_equal"),
+    (["grpo.py", "--baseline", "rloo"], "group/all_equal"), (["grpo.py", "--baseline", "remax"], "greedy_reward"),
+    (["ppo.py", "--value-loss", "bce", "--gamma", "0.99", "--lam", "0.95"], "critic/auc_tenth_10"),
+    (["spo.py", "--init-samples", "0", "--minibatch", "8"], "tracker/rho")])
+def test_their_variants_run(tmp_path, command, reports):
+    done = run(command[0], *QUICK, *command[1:], "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path)) == 3 and metrics(tmp_path)[-1][reports] is not None
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo", "spo"])
+def test_help_explains_every_option(script):
+    printed = run(f"{script}.py", "--help").stdout
+    for field in dataclasses.fields(importlib.import_module(script).Config):
+        assert f"--{field.name.replace('_', '-')}" in printed
+        assert len(field.metadata["help"].splitlines()) == 1
+
+
+@pytest.mark.parametrize("command, message", [
+    (["grpo.py", "--group-size", "1"], "--group-size 1: responses to a prompt are compared; give 2 or more"),
+    (["grpo.py", "--baseline", "remax", "--critic-model", "builtin"], "remax has no critic"),
+    (["spo.py", "--critic-model", "builtin"], "spo has no critic"),
+    (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
+    (["ppo.py", "--lam", "1.5"], "--lam 1.5: must be between 0 and 1"),
+    (["ppo.py", "--critic-model", "OTHER"], "reads other tokens than")])
+def test_bad_input_is_one_clear_sentence(tmp_path, command, message):
+    if "OTHER" in command:
+        command = [*command[:-1], other_tokens(tmp_path / "other")]
+    done = run(*command, "--output", tmp_path / "out", timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def other_tokens(folder):
+    """The built-in model, but two of its tokens have changed places."""
+    import json
+    import shutil
+    shutil.copytree(ROOT / "builtin", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    (a, i), (b, j), *_ = vocabulary.items()
+    vocabulary[a], vocabulary[b] = j, i
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_the_readmes_toy_baseline_is_a_whole_algorithm(tmp_path):
+    """The README promises that a new algorithm is one file of at most 30 lines; this is that file."""
+    toy, = re.findall(r"(?ms)^    (\"\"\"REINFORCE.*?RunningMean\)\n)", (ROOT / "README.md").read_text())
+    lines = [line.removeprefix("    ") for line in toy.splitlines()]
+    assert len(lines) <= 30
+    (tmp_path / "running_mean.py").write_text("\n".join(lines))
+    done = run(tmp_path / "running_mean.py", *QUICK, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    first, second = metrics(tmp_path / "out")[1:]
+    assert first["baseline/mean"] == pytest.approx(first["reward"])
+    assert second["baseline/mean"] == pytest.approx((first["reward"] + second["reward"]) / 2)
