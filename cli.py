@@ -48,16 +48,21 @@ class CommandLine:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                          argument_default=argparse.SUPPRESS, allow_abbrev=False)
         for field in dataclasses.fields(cls):
-            kinds = [t for t in typing.get_args(field.type) if t is not type(None)] or [field.type]
-            note = f" [{field.default}]" if field.default not in (None, BUILTIN_MODEL) else ""
+            def shown(value):
+                return " ".join(value) if isinstance(value, tuple) else value
+            kinds = [t for t in typing.get_args(field.type) if t not in (type(None), ...)] or [field.type]
+            note = f" [{shown(field.default)}]" if field.default not in (None, (), BUILTIN_MODEL) else ""
             if field.name in cls.BUILTIN:
-                note += f" [built-in model: {cls.BUILTIN[field.name]}]"
+                note += f" [built-in model: {shown(cls.BUILTIN[field.name])}]"
             how = dict(type=kinds[0], metavar=kinds[0].__name__.upper()) if isinstance(kinds[0], type) else dict(choices=kinds)
             if field.type is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
+            if isinstance(field.default, tuple):
+                how["nargs"] = "+"
             text = (field.metadata["help"] + note).replace("%", "%%")
             parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
         given = vars(parser.parse_args(arguments))
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         builtin = given.get("model", BUILTIN_MODEL) == BUILTIN_MODEL
         return cls(**{**(cls.BUILTIN if builtin else {}), **given})
 

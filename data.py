@@ -40,7 +40,7 @@ def load_problems(spec, size=20_000, seed=0):
         chain or chain:SIZE         the built-in task (`size` problems, generated from `seed`)
         reasoning_gym:NAME          procedural problems (`size` of them; pip install reasoning-gym)
         FILE.jsonl, FILE.parquet    one problem a row
-        HUB/NAME or HUB/NAME:SPLIT  a hub dataset; the split is `train` unless named
+        HUB/NAME[/CONFIG][:SPLIT]   a hub dataset; the split is `train` unless named
 
     Raises InputError, naming the file and the row, for what cannot be read.
     """
@@ -87,9 +87,11 @@ def file_rows(path):
 
 def hub_rows(spec):
     name, _, split = spec.partition(":")
+    hub, _, name = name.partition("/")
+    name, _, config = name.partition("/")
     try:
         import datasets
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(f"{hub}/{name}", config or None, split=split or "train")
     except ImportError:
         raise InputError(f"{spec}: reading hub datasets needs `pip install datasets`") from None
     except Exception as error:  # the library raises a dozen kinds; each is about this name

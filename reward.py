@@ -130,6 +130,10 @@ class Verifier:
         """The reward of each response, in order."""
         return [future.result() for future in [self.submit(*pair) for pair in zip(responses, answers, strict=True)]]
 
+    def equal(self, answer, gold) -> bool:
+        """`equal` in a worker, waited for. Ungradable is unequal."""
+        return self._threads.submit(self._ask, answer, gold).result() > 0
+
     def unverifiable(self, answers) -> list[int]:
         """Positions of the gold answers that cannot be parsed or compared: no response could be verified with them."""
         asked = {a: self._threads.submit(self._ask, None, a) for a in dict.fromkeys(answers) if not a.isdecimal()}

@@ -45,6 +45,14 @@ def stop_tokens(model, tokenizer):
     return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
 
 
+def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
+    """Yields (i, Response, text, future of its reward) as responses finish: the first are verified while others are
+    still being written. What was cut off has no answer, whatever its text says."""
+    for i, response in engine.generate(prompts, **sampling):
+        text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
+
+
 class VLLMEngine:
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1, memory=0.5,
                  trust_remote_code=False):
@@ -71,16 +79,19 @@ class VLLMEngine:
             generation_config="vllm",  # not the model's own top-p or repetition penalty: ratios need plain sampling
             logprobs_mode="processed_logprobs",  # after temperature
             use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
-            enforce_eager=not on_gpu)  # CUDA graphs on a GPU; on a CPU, compilation costs a minute and buys little
+            enforce_eager=not on_gpu,  # CUDA graphs on a GPU; on a CPU, compilation costs a minute and buys little
+            # vLLM 0.32 on a CPU cannot cut the prefill of a request that has a seed ("does not use offset").
+            **({} if on_gpu else dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_tokens))))
 
-    def generate(self, prompts, *, temperature, max_tokens, seeds=None):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):
         """Samples one response per prompt. prompts: lists of token ids; repeat one to sample it more often.
-        temperature: one number, or one per prompt; 0 is greedy. seeds: one per prompt, to repeat a run exactly."""
+        temperature: one number, or one per prompt; 0 is greedy. seeds: one per prompt, and a response then depends on
+        its seed alone (and on rounding)."""
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         engine = self.llm.llm_engine
         for i, ids in enumerate(prompts):
             engine.add_request(str(i), {"prompt_token_ids": ids}, self.SamplingParams(
-                temperature=temperatures[i], max_tokens=max_tokens, seed=seeds and seeds[i],
+                temperature=temperatures[i], top_p=top_p, max_tokens=max_tokens, seed=seeds and seeds[i],
                 stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
                 output_kind=self.output_kind))
         while engine.has_unfinished_requests():
@@ -141,27 +152,22 @@ class TransformersEngine:
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()
-    def generate(self, prompts, *, temperature, max_tokens, seeds=None):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):
         from transformers import GenerationConfig, LogitsProcessorList
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
-        # Neighbours in a batch share a temperature and, as far as possible, a length.
-        order = sorted(range(len(prompts)), key=lambda i: (temperatures[i], len(prompts[i])))
-        while order:
-            t = temperatures[order[0]]
-            rows = [i for i in order[: self.BATCH] if temperatures[i] == t]
-            order = order[len(rows):]
+        seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for rows in (by_length[i : i + self.BATCH] for i in range(0, len(prompts), self.BATCH)):
             width = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[self.stop[0]] * (width - len(prompts[i])) + prompts[i] for i in rows])
             attended = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            recorder = LogProbRecorder(t or 1.0)
-            torch.manual_seed(seeds[rows[0]] if seeds else int(torch.randint(2**62, (), generator=self.random)))
+            sampler = Sampler([temperatures[i] for i in rows], top_p, [seeds[i] for i in rows], max_tokens, self.device)
             output = self.lm.generate(
                 ids.to(self.device), attention_mask=attended.to(self.device),
-                logits_processor=LogitsProcessorList([recorder]),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_tokens, do_sample=t > 0, temperature=t or None, top_p=1.0, top_k=0,
-                    eos_token_id=self.stop, pad_token_id=self.stop[0]))
-            logprobs = recorder.finish(output).tolist()
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=self.stop,
+                                                   pad_token_id=self.stop[0]))
+            logprobs = torch.cat(sampler.logprobs, dim=1).tolist()
             for i, sampled, lp in zip(rows, output[:, width:].tolist(), logprobs, strict=True):
                 end = next((k + 1 for k, token in enumerate(sampled) if token in self.stop), len(sampled))
                 yield i, Response(sampled[:end], lp[:end], sampled[end - 1] in self.stop)
@@ -178,22 +184,26 @@ class TransformersEngine:
         pass
 
 
-class LogProbRecorder:
-    """Keeps the log-probability of each sampled token while `generate` runs, instead of all its logits."""
+class Sampler:
+    """Chooses the tokens for transformers' `generate`: each row at its own temperature and with its own random numbers,
+    so that a response does not depend on its neighbours. Keeps the log-probability of each, instead of all logits."""
 
-    def __init__(self, temperature):
-        self.temperature, self.scores, self.logprobs = temperature, None, []
+    def __init__(self, temperatures, top_p, seeds, max_tokens, device):
+        self.temperature, self.top_p, self.logprobs = torch.tensor(temperatures, device=device)[:, None], top_p, []
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.uniform = torch.stack([torch.rand(max_tokens, generator=g) for g in generators]).to(device)
 
     def __call__(self, ids, logits):
-        self._take(ids)
-        self.scores = (logits.float() / self.temperature).log_softmax(-1)
-        return logits
-
-    def _take(self, ids):
-        if self.scores is not None:
-            self.logprobs.append(self.scores.gather(1, ids[:, -1:]))
-
-    def finish(self, ids):
-        """ids [b, prompt + response] -> log-probabilities of the response [b, T]."""
-        self._take(ids)
-        return torch.cat(self.logprobs, dim=1)
+        """Returns scores of which `generate` takes the largest: 0 for the chosen token, -inf for every other."""
+        greedy = self.temperature == 0
+        logits = logits.float() / torch.where(greedy, 1.0, self.temperature)
+        if self.top_p < 1:
+            probabilities, order = logits.softmax(-1).sort(descending=True)
+            excess = probabilities.cumsum(-1) - probabilities >= self.top_p  # those before it suffice
+            logits = logits.masked_fill(excess.scatter(1, order, excess), -torch.inf)
+        logprobs = logits.log_softmax(-1)
+        cumulated = logprobs.double().exp().cumsum(-1)
+        drawn = torch.searchsorted(cumulated, self.uniform[:, len(self.logprobs), None] * cumulated[:, -1:], right=True)
+        token = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
+        self.logprobs.append(logprobs.gather(1, token))
+        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)

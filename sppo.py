@@ -29,9 +29,10 @@ import torch.distributed as dist
 
 from critic import PromptCritic, calibration
 from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer, render, split
+from eval import TEMPERATURE, TOP_P, benchmark_metrics, load_benchmark
 from policy import Policy, check_model, init_distributed
 from reward import Verifier
-from rollout import Response, make_engine, stop_tokens
+from rollout import Response, make_engine, sample_and_verify, stop_tokens
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Config(CommandLine):
     max_response_tokens: int = option(8192, "a response that needs more has no answer")
     eval_every: int = option(10, "steps between evaluations on held-out problems (0: never)")
     eval_problems: int = option(256, "problems held out of the dataset, a fifth of it at most")
+    eval_benchmarks: tuple[str, ...] = option((), "benchmarks of eval.py, by name or file, that evaluations sample as well")
+    eval_samples: int = option(1, "responses per problem of a benchmark")
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "what samples; auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine")
     vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples")
@@ -79,7 +82,7 @@ class Config(CommandLine):
     def check(self):
         """Whatever can be seen to be wrong without loading a model or a dataset."""
         for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
-                     "reward_workers", "reward_timeout", "tensor_parallel"):
+                     "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         for name, package in (("engine", "vllm"), ("wandb", "wandb")):
@@ -205,6 +208,7 @@ class Run:
         self.config = c = config
         c.check()
         self.tokenizer, self.problems, self.held_out = load_data(c)
+        self.benchmarks = load_benchmarks(c, self.tokenizer)
         self.device = init_distributed()
         if dist.get_world_size() % c.tensor_parallel:
             raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
@@ -224,7 +228,7 @@ class Run:
         self.engine.sleep()
         self.policy = Policy(c.model, self.device, temperature=c.temperature, lr=c.lr, **training_options(c))
 
-    def sample(self, problems, samples=1, greedy=False):
+    def sample(self, problems, samples=1, greedy=False, temperature=None, top_p=1.0):
         """Samples and verifies `samples` responses per problem; the ranks share the work, and all get the whole Batch.
         With `greedy`, each problem's greedy response is also generated, and its reward kept in `greedy_rewards`."""
         c, world = self.config, dist.get_world_size()
@@ -236,15 +240,14 @@ class Run:
         mine = [j for j, (i, _) in enumerate(jobs) if i % engines == engine_of_this_rank]
         done = {}
         with self.clock("rollout"):
-            for n, response in self.engine.generate(
-                    [prompts[jobs[j][0]] for j in mine],
-                    temperature=[c.temperature if jobs[j][1] < samples else 0.0 for j in mine],
-                    max_tokens=c.max_response_tokens,
+            for n, response, _, reward in sample_and_verify(
+                    self.engine, self.verifier, self.tokenizer, [prompts[jobs[j][0]] for j in mine],
+                    [problems[jobs[j][0]].answer for j in mine], max_tokens=c.max_response_tokens,
+                    top_p=top_p,
+                    temperature=[(temperature or c.temperature) if jobs[j][1] < samples else 0.0 for j in mine],
                     # Seeds of its own for each response cost some speed; ranks that share an engine must agree, though.
                     seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None):
-                # Verified while others are still being written. Cut off means no answer, whatever the text says.
-                text = self.tokenizer.decode(response.ids, skip_special_tokens=True) if response.finished else ""
-                done[mine[n]] = response, self.verifier.submit(text, problems[jobs[mine[n]][0]].answer)
+                done[mine[n]] = response, reward
         with self.clock("reward"):
             parts = [None] * world
             mine = {j: (response, reward.result()) for j, (response, reward) in done.items()}
@@ -354,6 +357,15 @@ def load_data(c):
     return tokenizer, *split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
 
 
+def load_benchmarks(c, tokenizer):
+    benchmarks = {name: load_benchmark(name) for name in c.eval_benchmarks} if c.eval_every else {}
+    for name, problems in benchmarks.items():
+        longest = max(len(render(p.messages, tokenizer)) for p in problems)
+        if longest > c.max_prompt_tokens:
+            raise InputError(f"--eval-benchmarks {name}: has a prompt of {longest} tokens; raise --max-prompt-tokens to that")
+    return benchmarks
+
+
 def check_answers(run, name):
     """A gold answer that cannot be verified against could never be earned: better said now than never."""
     problems = run.problems + run.held_out
@@ -384,7 +396,10 @@ def announce(run):
 
 
 def evaluate(run, log, step):
-    """Accuracy on the held-out problems, one sampled response each. The clock of training does not run."""
+    """Accuracy on the held-out problems, one sampled response each, and the benchmarks. The clock of training stands."""
+    for name, problems in run.benchmarks.items():
+        batch = run.sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
+        log.add(benchmark_metrics(name, batch, run.tokenizer, run.verifier))
     if run.held_out:
         batch = run.sample(run.held_out)
         log.evaluated(step, batch, run.tokenizer)

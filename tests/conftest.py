@@ -17,12 +17,15 @@ def run(*arguments, ranks=0, timeout=600):
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    # Not this process's own place in its world of one; and on two cores, models this small are faster with one thread.
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
+    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment(), capture_output=True, text=True,
                           timeout=timeout)
+
+
+def environment():
+    """A user's: without this process's own place in its world of one. With one thread, as models this small are faster."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    others = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**others, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def metrics(folder):

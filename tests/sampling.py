@@ -47,6 +47,8 @@ report["greedy"] = [[r.ids for r in sample(temperature=0.0)] for _ in range(2)]
 mixed = sample(temperature=[0.0] * 24 + [1.9] * 24)
 report["mixed"] = [r.ids for r in mixed]
 report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
+prompts = [(p * 9)[-120:] for p in prompts + prompts[::-1]]  # more tokens than one pass can prefill
+report["many"] = [len(r.ids) for r in sample(max_tokens=3, seeds=list(range(len(prompts))))]
 print(json.dumps(report))
 engine.close()
 if dist.is_initialized():

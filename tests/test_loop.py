@@ -28,7 +28,7 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
     problems = load_problems("chain", size=6)
     asked = []
 
-    def generate(prompts, *, temperature, max_tokens, seeds):
+    def generate(prompts, *, temperature, max_tokens, top_p, seeds):
         asked.append((prompts, temperature))
         order = list(range(len(prompts)))
         random.Random(1).shuffle(order)

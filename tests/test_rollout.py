@@ -34,3 +34,4 @@ def test_temperatures_and_seeds(report):
     assert report["mixed"][:24] == report["greedy"][0][:24]
     assert report["mixed"][24:] != report["greedy"][0][24:]
     assert report["seeded"][0] == report["seeded"][1]
+    assert set(report["many"]) == {3}

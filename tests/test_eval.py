@@ -1,0 +1,216 @@
+"""eval.py: its metrics against enumeration, and the script as its user runs it."""
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment, metrics, run
+
+from data import InputError, Problem
+from eval import BENCHMARKS, interval, load_benchmark, main, majority_at_k, pass_at_k, per_problem, read_records
+from rollout import Sampler
+
+ENGINES = ["vllm", "transformers"]
+
+
+def has(engine):
+    import importlib.util
+    return importlib.util.find_spec(engine) is not None
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_against_every_way_to_draw(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert math.isclose(pass_at_k(n, c, k), sum(any(d) for d in draws) / len(draws), abs_tol=1e-12)
+
+
+def test_majority_counts_values_not_spellings():
+    halves = ["1/2", "0.5", "\\frac12"]
+    assert majority_at_k([*halves, "3", "3"], "\\frac{1}{2}") == 1.0  # three against two, though 3 is the commonest text
+    assert majority_at_k([*halves, "3", "3"], "3") == 0.0
+    assert majority_at_k(["3", "1/2", "0.50", "3.0"], "0.5") == 0.5  # a tie is shared
+    assert majority_at_k(["1", "2", "3"], "3") == pytest.approx(1 / 3)
+    assert majority_at_k([None, None, "4"], "4") == 1.0  # who has no answer has no vote
+    assert majority_at_k([None, None], "4") == 0.0 and majority_at_k([], "4") == 0.0
+    assert majority_at_k(["x+1", "1+x", "x"], "1 + x") == 1.0
+
+
+def line(problem, sample, reward, answer, tokens=10, finished=True):
+    return {"benchmark": "b", "problem": problem, "sample": sample, "reward": reward, "gold": "1", "answer": answer,
+            "tokens": tokens, "finished": finished, "question": f"question {problem}", "response": ""}
+
+
+def test_per_problem():
+    records = [line(0, 0, 1.0, "1"), line(0, 1, 1.0, "1.0"), line(0, 2, 0.0, "2", 30), line(0, 3, 0.0, None, 50, False),
+               line(7, 1, 0.0, "3"), line(7, 0, 0.0, "3"), line(7, 3, 1.0, "1"), line(7, 2, 0.0, None)]
+    values = {name: array.tolist() for name, array in per_problem(records).items()}
+    assert values["avg@4"] == [0.5, 0.25] and values["maj@4"] == [1.0, 0.0]
+    assert values["pass@1"] == [0.5, 0.25] and values["pass@4"] == [1.0, 1.0]
+    assert values["pass@2"] == pytest.approx([1 - 1 / 6, 1 - 3 / 6])
+    assert values["tokens"] == [25, 10] and values["cut off"] == [0.25, 0]
+
+
+def test_interval():
+    """For the mean of many independent values, the bootstrap agrees with the normal approximation."""
+    values = np.random.default_rng(1).random(400)
+    low, high = interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.004) and high == pytest.approx(values.mean() + half, abs=0.004)
+    low, high = interval([values, values + 1])  # the mean of two benchmarks: half the variance
+    assert (high - low) / 2 == pytest.approx(half / math.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (0.0, 1.0)])
+def test_the_transformers_sampler_draws_from_the_distribution_that_it_reports(temperature, top_p):
+    torch.manual_seed(0)
+    logits, count = torch.randn(1, 12) * 2, 20_000
+    if temperature:
+        p = (logits / temperature).softmax(-1)[0]
+        order = p.argsort(descending=True).tolist()
+        kept = next(n for n in range(1, 13) if sum(p[i].item() for i in order[:n]) >= top_p - 1e-6)
+        expected = torch.tensor([p[i].item() if i in order[:kept] else 0.0 for i in range(12)])
+        expected /= expected.sum()
+    else:
+        expected = torch.nn.functional.one_hot(logits.argmax(), 12).float()
+    sampler = Sampler([temperature] * count, top_p, range(count), 2, "cpu")
+    tokens = sampler(None, logits.expand(count, -1)).argmax(1)
+    assert (torch.bincount(tokens, minlength=12) / count - expected).abs().max() < 0.015
+    if temperature:
+        assert torch.allclose(sampler.logprobs[0][:, 0].exp(), expected[tokens], atol=1e-5)
+    again = Sampler([temperature] * 3, top_p, [5, 2, 9], 2, "cpu")(None, logits.expand(3, -1)).argmax(1)
+    assert again.tolist() == tokens[[5, 2, 9]].tolist()  # a row depends on its seed alone
+
+
+# ---- benchmarks -----------------------------------------------------------------------------------------------------
+
+def test_benchmarks_from_a_folder_and_missing_ones(tmp_path):
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
+    assert [p.answer for p in load_benchmark("aime24", tmp_path)] == ["4"]
+    with pytest.raises(InputError, match=r"benchmark amc23: math-ai/amc23.*put its problems into amc23.jsonl or amc23.parquet"):
+        load_benchmark("amc23", tmp_path)
+    with pytest.raises(InputError, match="mathematics: no such benchmark; give one of aime24"):
+        load_benchmark("mathematics")
+    assert {"aime24", "aime25", "amc23", "math500", "minerva", "brumo25", "hmmt25", "gsm8k"} <= set(BENCHMARKS)
+
+
+def test_the_built_in_benchmark_was_never_trained_on():
+    from data import load_problems
+    problems = load_benchmark("chain")
+    trained = {p.messages[0]["content"] for p in load_problems("chain")}
+    assert len(problems) == 256 and isinstance(problems[0], Problem)
+    assert not trained & {p.messages[0]["content"] for p in problems}
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+def rewards(file):
+    return {key: (r["reward"], r["response"]) for key, r in read_records(file)[1].items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, engine):
+    """Killed in the middle, its last line cut in two, and taken up again by two ranks: the same responses, each once."""
+    if not has(engine):
+        pytest.skip(f"{engine} is not installed")
+    command = ["eval.py", "--engine", engine, "--samples", "4", "--output"]
+    whole = run(*command, tmp_path / "whole.jsonl")
+    assert whole.returncode == 0, whole.stderr
+    stopped = tmp_path / "stopped.jsonl"
+    child = subprocess.Popen([sys.executable, *map(str, command), stopped], cwd=ROOT, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL, env=environment())
+    while child.poll() is None and (not stopped.exists() or stopped.read_text().count("\n") < 150):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    text = stopped.read_text()
+    assert 100 < text.count("\n") < 1000  # it was in the middle
+    stopped.write_text(text[:-20])
+    resumed = run(*command, stopped, ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "of 1,024 responses are there already" in resumed.stdout
+    assert rewards(stopped) == rewards(tmp_path / "whole.jsonl")
+    assert stopped.read_text().count("\n") == 1 + 1024 and not list(tmp_path.glob("*.jsonl.*"))
+    table = [[text for text in done.stdout.splitlines() if text.startswith("chain ")] for done in (whole, resumed)]
+    assert table[0] == table[1] and len(table[0]) == 2
+    again = run(*command, stopped, timeout=60)  # nothing is left to sample: no engine is started
+    assert "1,024 of 1,024" in again.stdout and table[0][0] in again.stdout
+
+
+def test_other_settings_or_problems_are_not_mixed(tmp_path):
+    file = tmp_path / "e.jsonl"
+    (tmp_path / "p.jsonl").write_text('{"problem": "Compute 1+1 modulo 10.", "answer": "2"}\n')
+    command = ["eval.py", "--benchmarks", tmp_path / "p.jsonl", "--output", file, "--engine", "transformers", "--samples", "2"]
+    assert run(*command).returncode == 0
+    assert len(read_records(file)[1]) == 2
+    assert len(json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "p.jsonl")]["pass@2"]) == 3
+    done = run(*command, "--temperature", "0.5", timeout=60)
+    assert done.returncode == 2 and "holds an evaluation with temperature 1.0, and this one has 0.5" in done.stderr
+    (tmp_path / "p.jsonl").write_text('{"problem": "Compute 1+2 modulo 10.", "answer": "3"}\n')
+    done = run(*command, timeout=60)
+    assert done.returncode == 2 and "is another one" in done.stderr and "Traceback" not in done.stderr
+    assert len(read_records(file)[1]) == 2  # nothing was lost
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--samples", "0"], "--samples 0: must be greater than 0"), (["--top-p", "1.5"], "--top-p 1.5: give at"),
+    (["--temperature", "0"], "greedy responses are all the same; give --samples 1"),
+    (["--benchmarks", "nothing"], "nothing: no such benchmark"), (["--model", "no/such"], "no/such: its tokenizer cannot be"),
+    (["--compare", "a"], "takes two files"), (["--recheck", "absent"], "absent: cannot be read")])
+def test_bad_input_is_one_clear_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_compare(tmp_path, capsys):
+    """Question 0 got better by two of four samples, 1 stayed, 2 became wrong, 3 is in one evaluation only."""
+    for name, right in (("a", {0: 1, 1: 4, 2: 3}), ("b", {0: 3, 1: 4, 2: 0, 3: 1})):
+        lines = [json.dumps({"model": name})] + [
+            json.dumps(line(p, k, float(k < c), "1" if k < c else "2")) for p, c in right.items() for k in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    main(["--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    printed = capsys.readouterr().out
+    row, = (text.split() for text in printed.splitlines() if text.startswith("b  "))
+    assert row[:5] == ["b", "3", "66.7", "58.3", "-8.3"]
+    assert "wrong in A, right in B (at least half of the samples): 1\n  b     0  0.25 -> 0.75  question 0" in printed
+    assert "right in A, wrong in B (at least half of the samples): 1\n  b     2  0.75 -> 0.00  question 2" in printed
+
+
+def test_recheck(tmp_path, capsys):
+    """What our rewards and plain math-verify disagree about is shown; here one reward was tampered with."""
+    records = [line(0, 0, 1.0, "1/2"), line(0, 1, 1.0, "0.5"), line(1, 0, 0.0, "3"), line(2, 0, 0.0, None)]
+    for r, text in zip(records, ["\\boxed{1/2}", "so \\boxed{0.5}.", "\\boxed{3}", "no box"], strict=True):
+        r.update(gold="\\frac12", response=text)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    main(["--recheck", str(tmp_path / "a.jsonl")])
+    assert [text.split(None, 1) for text in capsys.readouterr().out.splitlines()[1:]] == [
+        ["2", "agree, right"], ["1", "agree, wrong"], ["1", "without a box or unfinished"]]
+    records[1]["reward"] = 0.0
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    main(["--recheck", str(tmp_path / "a.jsonl")])
+    assert "b 0/1: ours 0; gold '\\\\frac12', answer '0.5'" in capsys.readouterr().out
+
+
+def test_benchmarks_while_training_and_a_runs_folder_as_model(tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"problem": "Compute {i}+1 modulo 10.", "answer": "{(i + 1) % 10}"}}\n'
+                                              for i in range(8)))
+    done = run("sppo.py", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "8", "--eval-every", "2", "--eval-samples",
+               "2", "--eval-problems", "8", "--eval-benchmarks", tmp_path / "p.jsonl", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for m in metrics(tmp_path / "run")[::2]:
+        assert {"eval/p/avg@2", "eval/p/maj@2", "eval/p/pass@2", "eval/p/tokens", "eval/p/cut_off"} <= m.keys()
+    done = run("eval.py", "--model", tmp_path / "run", "--benchmarks", tmp_path / "p.jsonl", "--samples", "2", "--dtype",
+               "float32", "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "p                           8" in done.stdout
+    (tmp_path / "long.jsonl").write_text('{"problem": "Compute ' + "1+" * 50 + '1.", "answer": "51"}\n')
+    done = run("sppo.py", "--eval-benchmarks", tmp_path / "long.jsonl", timeout=60)
+    assert done.returncode == 2 and "has a prompt of" in done.stderr
