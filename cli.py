@@ -3,8 +3,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: it warns about NUMA and hooks
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -80,6 +83,30 @@ def clear_errors():
         sys.exit(2)
 
 
+# ---- being told to stop ---------------------------------------------------------------------------------------------
+
+class Stop:
+    """SIGTERM or Ctrl-C: the running step is finished and saved. The second one ends the process at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number, frame):
+        self.requested = True
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        if is_main():
+            os.write(2, b"\nStopping after this step and a checkpoint; once more to stop at once.\n")
+
+    def on_any_rank(self):
+        """Whether any rank was told to: they must stop together."""
+        requested = torch.tensor(int(self.requested))
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        return bool(requested)
+
+
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 class Clock:
@@ -120,21 +147,30 @@ COLUMNS = (("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"), ("
 
 
 class Log:
-    """Collects a step's metrics, shows a line of them, and writes them to metrics.jsonl, TensorBoard and W&B."""
+    """Collects a step's metrics, shows a line of them, and writes them to metrics.jsonl, TensorBoard and W&B.
 
-    def __init__(self, config):
-        self.config, self.metrics, self.evaluations, self.responses = config, {}, [], 0
+    `begun`: the step after which a resumed run goes on; what an earlier one wrote about later steps is removed.
+    """
+
+    def __init__(self, config, begun=0):
+        self.config, self.step, self.metrics, self.first, self.last, self.said = config, begun, {}, None, None, set()
         if not is_main():
             return
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)  # line by line
+        kept = earlier_lines(folder / "metrics.jsonl", begun) if begun else []
+        if kept and "eval_accuracy" in (first := json.loads(kept[0])):
+            self.first = first
+        (folder / "metrics.jsonl.partial").write_text("".join(kept))
+        (folder / "metrics.jsonl.partial").replace(folder / "metrics.jsonl")
+        self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
         self.writers = []
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # like metrics.jsonl, it begins anew
-            board = SummaryWriter(folder / "tensorboard")
+            if not begun:
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # like metrics.jsonl, it begins anew
+            board = SummaryWriter(folder / "tensorboard", purge_step=begun + 1 if begun else None)
             self.writers.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
         if config.wandb:
             import wandb
@@ -148,21 +184,29 @@ class Log:
 
     def evaluated(self, step, batch, tokenizer):
         """An evaluation of step `step`. The first one also shows what the model writes before it has learned."""
-        self.evaluations.append((step, batch))
-        self.evaluations[1:-1] = []  # the first and the last are compared at the end
+        self.last = batch
         self.metrics["eval_accuracy"] = batch.rewards.mean().item()
+        self.metrics["eval_response_tokens"] = batch.lengths.float().mean().item()
         if step == 0:
-            self.metrics["eval_response_tokens"] = batch.lengths.float().mean().item()
+            self.first = self.metrics
             show_samples("Before training:", batch, tokenizer)
             self.write(0, 0.0)
 
     def write(self, step, seconds):
         """Ends a step: its metrics become a line on the screen and an object in metrics.jsonl."""
+        self.step = step
         if is_main():
             line = {"step": step, "seconds": seconds, **self.metrics}
-            self.file.write(json.dumps(line) + "\n")
-            for write in self.writers:
-                write(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # strict JSON
+            self.unwritten += json.dumps(line).encode() + b"\n"
+            self._write_what_there_is_room_for()
+            for write in list(self.writers):
+                try:
+                    write(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
+                except OSError as error:
+                    self.writers.remove(write)
+                    say(f"warning: no more TensorBoard or W&B events ({error}); metrics.jsonl has everything")
+            self._say_what_looks_wrong(line)
             shown = [f"{label} {line[key]:{form}}" for label, key, form in COLUMNS if line.get(key) is not None]
             say(f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(shown))
             self.bar.update(step - self.bar.n)
@@ -173,21 +217,55 @@ class Log:
         if not is_main():
             return
         self.bar.close()
+        self._write_what_there_is_room_for()
         self.file.close()
         c = self.config
+        if self.step < c.steps:
+            say(f"Stopped after step {self.step}, as told. The same command with --resume goes on from here.")
+            return
         text = f"Trained {c.model} for {c.steps} steps in {seconds:.0f} s of training."
-        if self.evaluations:
-            (_, before), (_, after) = self.evaluations[0], self.evaluations[-1]
-            show_samples("After training:", after, tokenizer)
-            text += (f" On {len(after.rewards)} held-out problems, one sampled response each, accuracy went from "
-                     f"{before.rewards.mean():.3f} to {after.rewards.mean():.3f}, and the mean response from "
-                     f"{before.lengths.float().mean():.1f} to {after.lengths.float().mean():.1f} tokens.")
+        if self.first and self.last:
+            show_samples("After training:", self.last, tokenizer)
+            text += (f" On {len(self.last.rewards)} held-out problems, one sampled response each, accuracy went from "
+                     f"{self.first['eval_accuracy']:.3f} to {self.last.rewards.mean():.3f}, and the mean response from "
+                     f"{self.first['eval_response_tokens']:.1f} to {self.last.lengths.float().mean():.1f} tokens.")
         text += (f" The model is in {c.output}/model, where transformers and vllm load it from, and every metric of every "
                  f"step in {c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
         if c.model == BUILTIN_MODEL:
             text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model of "
                      "yours with --model and --dataset (python sppo.py --help; the README has the paper's runs).")
         say("\n".join(textwrap.wrap(text, 100, break_on_hyphens=False)))
+
+
+    def _write_what_there_is_room_for(self):
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            say(f"warning: metrics.jsonl cannot be written ({error}); what is missing is kept, and tried again every step")
+
+    def _say_what_looks_wrong(self, line):
+        """Once for as long as it lasts."""
+        cut_off, length = line.get("truncated", 0), line.get("response_tokens", 2)
+        limit = self.config.max_response_tokens
+        looks = {f"{100 * cut_off:.0f} % of the responses were cut off by --max-response-tokens {limit}, and earn nothing: the "
+                 "policy never stops, or the limit is too low": cut_off > 0.9,
+                 "nearly all responses are empty: the policy has collapsed": length < 1.5,
+                 "an update was not finite, and was skipped": line.get("policy/skipped") or line.get("critic/skipped")}
+        for number, (text, wrong) in enumerate(looks.items()):
+            if wrong and number not in self.said:
+                say(f"warning: {text}")
+            (self.said.add if wrong else self.said.discard)(number)
+
+
+def earlier_lines(path, begun):
+    """The lines of a metrics.jsonl up to step `begun`, each once."""
+    lines = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # the last one was cut when the run was killed
+            if (step := json.loads(line)["step"]) <= begun:
+                lines.setdefault(step, line)
+    return [lines[step] for step in sorted(lines)]
 
 
 def show_samples(title, batch, tokenizer, count=3):

@@ -20,7 +20,7 @@ class ValueModel(nn.Module):
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
         self.backbone = AutoModel.from_pretrained(
-            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code, use_safetensors=True)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
         nn.init.zeros_(self.head.weight)  # V = 1/2 for every prompt, until something was learned
         nn.init.zeros_(self.head.bias)
@@ -58,7 +58,7 @@ class PromptCritic(Trained):
 
     def update(self, prompts, rewards):
         """One epoch of L_V = BCE(V(s_p), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
-        losses, norms = [], []
+        done = []
         for start in range(0, len(prompts), self.minibatch):
             chunk, targets = prompts[start : start + self.minibatch], rewards[start : start + self.minibatch]
 
@@ -68,10 +68,8 @@ class PromptCritic(Trained):
                     logits, targets[rows].to(logits.device), reduction="sum") / len(chunk)
                 return loss, {"loss": loss.detach()}
 
-            metrics = self.optimize([len(p) for p in chunk], loss_of)
-            losses.append(metrics["loss"])
-            norms.append(metrics["grad_norm"])
-        return {"critic/loss": float(np.mean(losses)), "critic/grad_norm": float(np.mean(norms))}
+            done.append(self.optimize([len(p) for p in chunk], loss_of))
+        return {f"critic/{name}": float(np.mean([d[name] for d in done])) for name in done[0]}
 
 
 # ---- does the critic know which prompts are solvable? ---------------------------------------------------------------

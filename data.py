@@ -134,13 +134,14 @@ def parse_row(row, i, spec):
         raise InputError(f"{where}: its prompt is not a list of chat messages that ends with the user's; {EXPECTED}")
     if not isinstance(answer, str | int | float):
         raise InputError(f"{where}: has no answer; {EXPECTED}")
-    answer = str(answer)
+    # Half of a surrogate pair is no text, and no tokenizer takes it.
+    answer, *contents = (str(text).encode(errors="replace").decode() for text in (answer, *(m["content"] for m in prompt)))
     if "\\boxed" in answer:  # a worked solution
         answer = last_boxed(answer) or ""
     answer = answer.rpartition("####")[2].strip()  # GSM8K's
     if not answer:
         raise InputError(f"{where}: its answer is empty; every problem needs one to be verified against")
-    messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+    messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
     if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
         messages[-1]["content"] += f" {BOXED_SUFFIX}"
     return Problem(i, tuple(messages), answer)

@@ -7,6 +7,8 @@ Three ideas carry this file:
 2. The loss divides by token counts of the *whole* mini-batch, so neither the cut nor the number of ranks changes it.
 3. Log-probabilities of a 152k vocabulary are computed in chunks, and again in the backward: never all logits at once.
 """
+import glob
+import math
 import os
 import socket
 from datetime import timedelta
@@ -23,6 +25,10 @@ from data import InputError, load_tokenizer
 
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
+
+
+class Diverged(Exception):
+    """Training has produced nothing but infinities for a while."""
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -53,6 +59,9 @@ def check_model(model, tokens, trust_remote_code=False):
         except Exception as error:
             raise InputError(f"{model}: is neither a folder with a config.json nor a model on the hub that can be read "
                              f"from here ({str(error).strip().splitlines()[0]})") from None
+    elif not glob.glob(f"{glob.escape(model)}/*.safetensors"):
+        raise InputError(f"{model}: has no .safetensors file; weights in other formats can run code when they are read, so "
+                         "convert them first (transformers' save_pretrained writes safetensors)")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError) as error:
@@ -203,12 +212,14 @@ class Trained:
                 part.attention_dropout = 0.0
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.size = sum(p.numel() for p in module.parameters())
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+        self.lr, self.warmup_steps, self.updates, self.skipped_in_a_row = lr, warmup_steps, 0, 0
 
     def optimize(self, lengths, loss_of):
         """One optimiser step. `loss_of(rows) -> (loss, metrics)` of one micro-batch, whose sums over all micro-batches
-        and ranks are the loss and the metrics of the mini-batch; `rows` may be empty. Returns the summed metrics."""
+        and ranks are the loss and the metrics of the mini-batch; `rows` may be empty. Returns the summed metrics.
+
+        An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten in a row
+        this raises Diverged."""
         totals = {}
         for rows in micro_batches(lengths, self.micro_batch_tokens):
             loss, metrics = loss_of(rows)
@@ -217,11 +228,19 @@ class Trained:
                 totals[name] = totals.get(name, 0.0) + float(value)
         values = torch.tensor(list(totals.values()), dtype=torch.float64)
         dist.all_reduce(values)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).full_tensor().item()
+        totals = dict(zip(totals, values.tolist(), strict=True))
+        skip = not (math.isfinite(norm) and math.isfinite(totals["loss"]))  # the same on every rank
+        if not skip:
+            self.updates += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup_steps))
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return dict(zip(totals, values.tolist(), strict=True), grad_norm=norm.full_tensor().item())
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+        if self.skipped_in_a_row == 10:
+            raise Diverged(f"ten updates in a row were not finite (loss {totals['loss']}, gradient norm {norm})")
+        return {**totals, "grad_norm": norm, "skipped": float(skip)}
 
     @torch.no_grad()
     def infer(self, lengths, width, score):
@@ -236,12 +255,31 @@ class Trained:
         return result
 
 
+    def state_dict(self):
+        """Weights and Adam's moments, sharded, and counters: the tensors themselves, for checkpoint.py to write or fill."""
+        self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            moments = self.optimizer.state[parameter]
+            if not moments:  # before the first step
+                moments.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                               exp_avg_sq=torch.zeros_like(parameter))
+            state[name] = {"weight": parameter.detach(), **moments}
+        return {"parameters": state, "updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state):
+        """What `state_dict` gave. Its sharded tensors are ours, and filled already."""
+        for name, parameter in self.module.named_parameters():
+            self.optimizer.state[parameter]["step"].copy_(state["parameters"][name]["step"])
+        self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
+
+
 class Policy(Trained):
     """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
         lm = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code, use_safetensors=True)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "
@@ -278,4 +316,3 @@ class Policy(Trained):
         if dist.get_rank() == 0:
             self.module.lm.config.dtype = self.save_dtype
             self.module.lm.save_pretrained(folder, state_dict=state)
-        dist.barrier()

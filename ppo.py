@@ -148,6 +148,12 @@ class PPO(Baseline):
         minibatches = zip(advantages.split(c.minibatch), batch.mask.split(c.minibatch), strict=True)
         return torch.cat([whiten(a, mask) for a, mask in minibatches])
 
+    def state_dict(self):
+        return {"critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state):
+        self.critic.load_state_dict(state["critic"])
+
     def update(self, batch):
         prompt_values = self.values[:, 0].numpy()  # V(s_0) has read the prompt alone, like SPPO's
         return {"critic/auc": auc(prompt_values, batch.rewards.numpy()),

@@ -73,7 +73,7 @@ class VLLMEngine:
         self.SamplingParams, self.output_kind = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.llm = vllm.LLM(
             model, dtype=dtype, max_model_len=max_tokens, tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher", trust_remote_code=trust_remote_code,
+            distributed_executor_backend="external_launcher", trust_remote_code=trust_remote_code, load_format="safetensors",
             seed=seed + dist.get_rank() // tensor_parallel,  # ranks that share an engine must sample the same
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # not the model's own top-p or repetition penalty: ratios need plain sampling
@@ -148,7 +148,7 @@ class TransformersEngine:
         self.device, self.stop = device, stop
         self.random = torch.Generator(device).manual_seed(seed + dist.get_rank())
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(device).eval()
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True).to(device).eval()
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()

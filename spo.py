@@ -78,13 +78,13 @@ class ValueTracker:
         return np.sqrt(v * (1 - v)) + 0.05
 
     def state_dict(self):
-        return {"alpha": self.alpha, "beta": self.beta}
+        return {"alpha": torch.tensor(self.alpha), "beta": torch.tensor(self.beta)}
 
     def load_state_dict(self, state):
         if len(state["alpha"]) != len(self.alpha):
             raise InputError(f"the checkpoint tracks {len(state['alpha'])} problems and the dataset has {len(self.alpha)}; "
                              "continue with the dataset that the run began with")
-        self.alpha, self.beta = state["alpha"].copy(), state["beta"].copy()
+        self.alpha, self.beta = state["alpha"].numpy().copy(), state["beta"].numpy().copy()
 
 
 def normalize(advantages):
@@ -155,11 +155,19 @@ class SPO(Baseline):
                 "tracker/distance": self.distance.mean(), "tracker/rho": self.tracker.rho(self.distance).mean()}
 
     def state_dict(self):
-        return {"tracker": self.tracker.state_dict(), "last": self.last}
+        """The last responses as four flat tensors: whose, how long, token ids, log-probabilities."""
+        ids = [torch.empty(0, dtype=torch.int32), *(torch.tensor(ids) for ids, _ in self.last.values())]
+        logprobs = [torch.empty(0, dtype=torch.float16), *(torch.tensor(values) for _, values in self.last.values())]
+        return {"tracker": self.tracker.state_dict(),
+                "last": {"problems": torch.tensor(list(self.last), dtype=torch.int64),
+                         "lengths": torch.tensor([len(part) for part in ids[1:]], dtype=torch.int64),
+                         "ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}}
 
     def load_state_dict(self, state):
         self.tracker.load_state_dict(state["tracker"])
-        self.last = dict(state["last"])
+        last, lengths = state["last"], state["last"]["lengths"].tolist()
+        parts = zip(last["problems"].tolist(), last["ids"].split(lengths), last["logprobs"].split(lengths), strict=True)
+        self.last = {problem: (ids.numpy(), logprobs.numpy()) for problem, ids, logprobs in parts}
 
 
 if __name__ == "__main__":

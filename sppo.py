@@ -19,14 +19,17 @@ import importlib.util
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from cli import Clock, CommandLine, Log, clear_errors, option, say  # before torch: it quiets what loads after it
+from cli import Clock, CommandLine, Log, Stop, clear_errors, option, say  # before torch: it quiets what loads after it
 
 # isort: split
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
+import checkpoint
 from critic import PromptCritic, calibration
 from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer, render, split
 from eval import TEMPERATURE, TOP_P, benchmark_metrics, load_benchmark
@@ -55,6 +58,9 @@ class Config(CommandLine):
     temperature: float = option(0.6, "sampling temperature; the ratio compares log-probabilities at it")
     max_prompt_tokens: int = option(1024, "longer prompts are dropped, aloud")
     max_response_tokens: int = option(8192, "a response that needs more has no answer")
+    save_every: int = option(20, "steps between checkpoints (0: none, except when the run is told to stop)")
+    keep: int = option(2, "checkpoints that are kept, the newest")
+    resume: bool = option(False, "go on from the newest checkpoint in --output, if there is one")
     eval_every: int = option(10, "steps between evaluations on held-out problems (0: never)")
     eval_problems: int = option(256, "problems held out of the dataset, a fifth of it at most")
     eval_benchmarks: tuple[str, ...] = option((), "benchmarks of eval.py, by name or file, that evaluations sample as well")
@@ -76,13 +82,13 @@ class Config(CommandLine):
     # What differs when no --model is given: a model of 360k parameters wants other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
         steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, warmup_steps=0, clip_high=0.28,
-        temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, eval_every=5, dtype="float32",
-        checkpoint_activations=False)
+        temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, save_every=0, eval_every=5,
+        dtype="float32", checkpoint_activations=False)
 
     def check(self):
         """Whatever can be seen to be wrong without loading a model or a dataset."""
         for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
-                     "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples"):
+                     "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples", "keep"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         for name, package in (("engine", "vllm"), ("wandb", "wandb")):
@@ -91,6 +97,9 @@ class Config(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step {self.prompts_per_step}; "
                              "choose a divisor, or the same number for one optimiser step a rollout")
+        if not self.resume and any(Path(self.output, "checkpoints").glob("step-*")):
+            raise InputError(f"{self.output}: holds checkpoints of an earlier run; go on from them with --resume, give another "
+                             "--output, or delete it")
         check_model(self.model, self.max_prompt_tokens + self.max_response_tokens, self.trust_remote_code)
         if self.critic_model:
             check_model(self.critic_model, self.max_prompt_tokens, self.trust_remote_code)
@@ -162,6 +171,13 @@ class Baseline:
         """Learns from the batch after the policy did. Returns metrics."""
         return {}
 
+    def state_dict(self):
+        """What a checkpoint must keep: tensors and what JSON can hold, in nested dictionaries."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Takes up what `state_dict` gave. Sharded tensors, a critic's, were filled in place before this is called."""
+
 
 class SPPO(Baseline):
     """One sample per prompt, against a scalar critic's expectation."""
@@ -179,6 +195,12 @@ class SPPO(Baseline):
 
     def update(self, batch):
         return {**calibration(self.logits.sigmoid(), batch.rewards), **self.critic.update(self.prompts, batch.rewards)}
+
+    def state_dict(self):
+        return {"critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state):
+        self.critic.load_state_dict(state["critic"])
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -219,7 +241,7 @@ class Run:
         if c.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it where there is CUDA
             torch.use_deterministic_algorithms(True)
-        self.random = random.Random(c.seed)  # the same on every rank
+        self.random = random.Random()  # seeded anew for each step, the same on every rank: there is no state to save
         # The engine goes first: on a GPU it sizes its cache by what is free, and then sleeps until it is needed.
         self.engine = make_engine(
             c.engine, c.model, self.device, stop=stop_tokens(c.model, self.tokenizer), dtype=c.dtype, seed=c.seed,
@@ -262,17 +284,21 @@ class Run:
             greedy_rewards=torch.tensor([done[j][1] for j, (_, k) in enumerate(jobs) if k == samples]))
 
 
+@record  # so that torchrun shows the first error of any rank last
+@clear_errors()
 def train(config, make_baseline):
     """Trains `config.model`, with what `make_baseline(run)` returns subtracted from the reward."""
-    with clear_errors():
-        run = Run(config)
-        baseline = make_baseline(run)
-    policy, engine, clock, log = run.policy, run.engine, run.clock, Log(config)
+    run = Run(config)
+    baseline = make_baseline(run)
+    begun = checkpoint.resume(run, baseline)
+    policy, engine, clock, log, stop = run.policy, run.engine, run.clock, Log(config, begun), Stop()
     engine.sync(policy.weights())  # wakes it: from here on it is only asleep while the others train
     announce(run)
-    evaluate(run, log, 0)
-    for step in range(1, config.steps + 1):
+    if not begun:
+        evaluate(run, log, 0)
+    for step in range(begun + 1, config.steps + 1):
         clock.start_step()
+        run.random.seed(f"{config.seed}/{step}")
         # 1. Sample responses from the current policy, and verify them.
         problems = baseline.next_problems(step, config.prompts_per_step)
         batch = run.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy)
@@ -288,14 +314,15 @@ def train(config, make_baseline):
         with clock("critic"):
             advantages = baseline.advantages(batch)
 
-        # 4. One epoch of clipped policy steps.
-        with clock("update"):
-            updates = [policy_step(policy, batch, slice(i, i + size), advantages, config)
-                       for i in range(0, len(batch.responses), size)]
+        with checkpoint.saved_if_diverged(batch, step, config):
+            # 4. One epoch of clipped policy steps.
+            with clock("update"):
+                updates = [policy_step(policy, batch, slice(i, i + size), advantages, config)
+                           for i in range(0, len(batch.responses), size)]
 
-        # 5. The baseline learns from what happened.
-        with clock("critic"):
-            learned = baseline.update(batch)
+            # 5. The baseline learns from what happened.
+            with clock("critic"):
+                learned = baseline.update(batch)
 
         # 6. The engine takes the new weights.
         with clock("sync"):
@@ -306,6 +333,13 @@ def train(config, make_baseline):
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             evaluate(run, log, step)
         log.write(step, clock.total)
+
+        # 7. From here the run could go on after a kill.
+        stopping = stop.on_any_rank()
+        if stopping or config.save_every and step % config.save_every == 0:
+            checkpoint.save(run, baseline, step)
+        if stopping:
+            break
     finish(run, log)
 
 
@@ -397,6 +431,7 @@ def announce(run):
 
 def evaluate(run, log, step):
     """Accuracy on the held-out problems, one sampled response each, and the benchmarks. The clock of training stands."""
+    run.random.seed(f"{run.config.seed}/{step}/evaluation")
     for name, problems in run.benchmarks.items():
         batch = run.sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
         log.add(benchmark_metrics(name, batch, run.tokenizer, run.verifier))
@@ -407,15 +442,19 @@ def evaluate(run, log, step):
 
 def finish(run, log):
     """Saves the model where transformers and vllm find it, and says what happened."""
-    folder = f"{run.config.output}/model"
-    run.policy.save(folder)
-    if dist.get_rank() == 0:
-        run.tokenizer.save_pretrained(folder)
+    problem = None
+    if log.step == run.config.steps:
+        folder = f"{run.config.output}/model"
+        problem = checkpoint.first_problem(lambda: run.policy.save(folder))
+        problem = problem or checkpoint.first_problem(lambda: dist.get_rank() or run.tokenizer.save_pretrained(folder))
     log.finish(run.tokenizer, run.clock.total)
     run.verifier.close()
     run.engine.close()  # before the process group, which vLLM may end itself
     if dist.is_initialized():
         dist.destroy_process_group()
+    if problem:
+        raise InputError(f"{folder}: the trained model could not be saved ({problem}); make room, and give the same command "
+                         "with --resume, which goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

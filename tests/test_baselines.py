@@ -201,7 +201,7 @@ def test_spo_survives_a_checkpoint(tmp_path):
     spo.update(batch)
     torch.save(spo.state_dict(), tmp_path / "state.pt")
     resumed = spo_with(problems)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
     for baseline in (spo, resumed):
         baseline.run.policy.moved = 0.02
     assert torch.equal(spo.advantages(batch), resumed.advantages(batch))

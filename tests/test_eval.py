@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, run
+from conftest import ROOT, SHARED, environment, metrics, run
 
 from data import InputError, Problem
 from eval import BENCHMARKS, interval, load_benchmark, main, majority_at_k, pass_at_k, per_problem, read_records
+from reward import Verifier
 from rollout import Sampler
 
 ENGINES = ["vllm", "transformers"]
@@ -214,3 +216,22 @@ def test_benchmarks_while_training_and_a_runs_folder_as_model(tmp_path):
     (tmp_path / "long.jsonl").write_text('{"problem": "Compute ' + "1+" * 50 + '1.", "answer": "51"}\n')
     done = run("sppo.py", "--eval-benchmarks", tmp_path / "long.jsonl", timeout=60)
     assert done.returncode == 2 and "has a prompt of" in done.stderr
+
+
+@pytest.mark.skipif(not (SHARED / "data/math500.parquet").exists(), reason="needs MATH-500")
+def test_rewards_agree_with_plain_math_verify_on_real_answers(tmp_path, capsys):
+    """A thousand responses whose boxes hold gold answers of MATH-500 and AIME24: each problem's own, and its neighbour's."""
+    problems = [p for name in ("math500", "aime24") for p in load_benchmark(name, SHARED / "data")]
+    verifier = Verifier(2, 2.0)
+    texts = [f"So \\boxed{{{answer}}}." for p, q in zip(problems, problems[1:] + problems[:1], strict=True)
+             for answer in (p.answer, q.answer)]
+    scores = verifier.score(texts, [p.answer for p in problems for _ in range(2)])
+    verifier.close()
+    records = [{**line(i // 2, i % 2, scores[i], None), "gold": problems[i // 2].answer, "response": texts[i]}
+               for i in range(len(texts))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    main(["--recheck", str(tmp_path / "a.jsonl")])
+    printed = capsys.readouterr().out
+    print(printed)
+    assert "differ" not in printed
+    assert sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+)  agree", printed)) > 1000

@@ -1,0 +1,65 @@
+"""Run by test_survival.py: trains, kills the training at random instants, resumes each time, and says what the kills hit.
+
+    python killing.py FOLDER KILLS OPTIONS...
+
+The child processes are forked from one that has imported everything, which saves seconds for each of them.
+"""
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import sppo
+
+folder, kills, options = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+
+
+def start():
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["sppo.py", *options, "--output", str(folder), "--resume"]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            sppo.train(sppo.Config.parse(""), sppo.SPPO)
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def alive(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def partial():
+    """When the checkpoints that are being written, or were when their run was killed, were changed last."""
+    with contextlib.suppress(FileNotFoundError):  # one that has just got its name
+        return [path.stat().st_ctime for path in folder.glob("checkpoints/partial-*")]
+    return []
+
+
+rng = random.Random(0)
+report = {"kills": 0, "while saving": 0, "steps": []}
+while report["kills"] < kills:
+    begun, child = time.time(), start()
+    if report["kills"] % 4 == 0:  # every fourth in the midst of a save
+        while alive(child) and not any(changed > begun for changed in partial()):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.02))
+    else:
+        time.sleep(rng.uniform(0.5, 4.5))
+    if not alive(child):
+        sys.exit(f"the run ended by itself: {report}")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    report["kills"] += 1
+    report["while saving"] += any(changed > begun for changed in partial())
+    report["steps"].append(max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0))
+code = os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1])
+print(json.dumps(report))
+sys.exit(code)

@@ -1,0 +1,325 @@
+"""What happens when a run is killed, starved, told to stop, or fed garbage: nothing is lost, and nothing lies."""
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment, metrics, run
+
+from cli import Log
+from critic import PromptCritic
+from data import BUILTIN_MODEL
+from policy import Diverged
+from sppo import Config
+
+SMALL = ["--engine", "transformers", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8", "--eval-every", "3",
+         "--dataset", "chain:100"]
+
+
+def but_for_times(folder):
+    return [{k: v for k, v in m.items() if k != "seconds" and not k.startswith("time/")} for m in metrics(folder)]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------
+
+def test_killed_at_twenty_random_instants(tmp_path):
+    """Also while it saves. Every step is in metrics.jsonl once, with the numbers of a run that nobody killed."""
+    command = [*SMALL, "--deterministic", "--steps", "20", "--save-every", "1"]
+    undisturbed = run("tests/killing.py", tmp_path / "a", 0, *command)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    killed = run("tests/killing.py", tmp_path / "b", 20, *command)
+    assert killed.returncode == 0, killed.stderr
+    report = json.loads(killed.stdout.splitlines()[-1])
+    print(f"\n{report}")
+    assert report["kills"] == 20 and report["while saving"] >= 3 and len(set(report["steps"])) > 3
+    assert [m["step"] for m in metrics(tmp_path / "b")] == list(range(21))
+    assert but_for_times(tmp_path / "b") == but_for_times(tmp_path / "a")
+    assert checkpoints(tmp_path / "b") == ["step-00000019", "step-00000020"]  # --keep 2, and no leftovers
+
+
+@pytest.mark.parametrize("command", [
+    ["sppo.py", "--engine", "auto"], ["grpo.py"], ["ppo.py"], ["spo.py", "--init-samples", "1"]])
+def test_five_steps_a_kill_and_five_more_equal_ten(tmp_path, command):
+    """The kill came when step 10 was logged, and its checkpoint was not yet written."""
+    command = [command[0], *SMALL, *command[1:], "--deterministic", "--steps", "10", "--save-every", "5", "--output"]
+    done = run(*command, tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(tmp_path / "a") == ["step-00000005", "step-00000010"]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/checkpoints/step-00000010").rename(tmp_path / "b/checkpoints/partial-00000010")
+    with (tmp_path / "b/metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "se')  # a line that was being written
+    done = run(*command, tmp_path / "b", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "Going on after step 5\n" in done.stdout
+    assert but_for_times(tmp_path / "b") == but_for_times(tmp_path / "a")
+    seconds = [m["seconds"] for m in metrics(tmp_path / "b")]
+    assert seconds == sorted(seconds)  # the clock went on, too
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run of sppo.py on two ranks that was saved after steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    done = run("sppo.py", *SMALL, "--deterministic", "--steps", "2", "--save-every", "1", "--output", folder, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_on_another_number_of_ranks(two_checkpoints, tmp_path):
+    lines = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        shutil.copytree(two_checkpoints, folder)
+        done = run("sppo.py", *SMALL, "--deterministic", "--steps", "3", "--save-every", "1", "--resume", "--output", folder,
+                   ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert "Going on after step 2, with --steps 3 (was 2)" in done.stdout
+        lines.append(metrics(folder)[3])
+    one, two = lines
+    assert one["reward"] == two["reward"]
+    for name in ("critic/bce", "critic/loss", "policy/loss", "policy/grad_norm"):
+        assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5)
+
+
+def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkpoints, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    assert {path.suffix for path in folder.glob("checkpoints/*/*")} == {".safetensors", ".json"}  # nothing is pickled
+    resume = ["sppo.py", *SMALL, "--steps", "3", "--save-every", "0", "--resume", "--output", folder]
+    shard = next(folder.glob("checkpoints/step-00000002/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    done = run(*resume)
+    assert done.returncode == 0, done.stderr
+    assert f"step-00000002 is passed over: {shard.name} is not as long as it was written" in done.stdout
+    assert "Going on after step 1" in done.stdout
+    assert [m["step"] for m in metrics(folder)] == [0, 1, 2, 3]
+
+    before = (folder / "metrics.jsonl").read_bytes()
+    (folder / "checkpoints/step-00000002/state.json").unlink()
+    for script, sentence in (("grpo.py", "belongs to another model or algorithm (baseline/critic/parameters"),
+                             ("ppo.py", "belongs to another model or algorithm")):
+        if script == "ppo.py":
+            (folder / "checkpoints/step-00000001/state.json").write_text('{"format": "somebody else\'s"}')
+            sentence = "has no complete checkpoint; delete it to start anew"
+        done = run(script, *resume[1:])
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    done = run(*[option for option in resume if option != "--resume"], timeout=60)
+    assert done.returncode == 2 and "holds checkpoints of an earlier run; go on from them with --resume" in done.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before  # nothing was lost
+
+
+# ---- told to stop ---------------------------------------------------------------------------------------------------
+
+def started(*arguments):
+    """A run that has finished its first step."""
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if re.match(r"step +1/", line):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
+    process = started("sppo.py", *SMALL, "--steps", "1000", "--save-every", "0", "--output", tmp_path / "run")
+    process.send_signal(number)
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert f"Stopped after step {last}, as told. The same command with --resume goes on from here." in printed
+    assert checkpoints(tmp_path / "run") == [f"step-{last:08d}"]
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    process = started("sppo.py", *SMALL, "--steps", "1000", "--prompts-per-step", "512", "--minibatch", "8",
+                      "--dataset", "chain", "--output", tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    process.communicate()
+
+
+@pytest.mark.parametrize("death", ["raise RuntimeError('the first error')", "os.kill(os.getpid(), 9)"])
+def test_a_rank_that_dies_ends_the_others(tmp_path, death):
+    (tmp_path / "dying.py").write_text(f"""
+import os
+from sppo import Baseline, Config, train
+class Dying(Baseline):
+    def advantages(self, batch):
+        if os.environ["RANK"] == "1":
+            print("dies", flush=True)
+            {death}
+        return batch.rewards
+train(Config.parse(""), Dying)
+""")
+    start = time.time()
+    done = run(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2, timeout=120)
+    assert done.returncode != 0 and "dies" in done.stdout
+    assert time.time() - start < 110  # its start included; a hang would last two hours
+    end = done.stderr[-3000:]
+    assert "Root Cause (first observed failure)" in end
+    assert ("the first error" if "raise" in death else "Signal 9 (SIGKILL)") in end.split("Root Cause")[1]
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def test_an_update_that_is_not_finite_is_skipped(device):
+    """Weights and moments stay as they were, and good updates go on as if the bad one had not been."""
+    def critic():
+        torch.manual_seed(0)
+        return PromptCritic(BUILTIN_MODEL, device, minibatch=2, lr=1e-2, dtype="float32", checkpoint_activations=False)
+
+    def values(c):
+        return [t.full_tensor().clone() for p in c.state_dict()["parameters"].values() for n, t in p.items() if n != "step"]
+    clean, hurt = critic(), critic()
+    prompts, rewards = [[5, 6, 7], [8, 9]], torch.tensor([1.0, 0.0])
+    for c in (clean, hurt):
+        c.update(prompts, rewards)
+    before = values(hurt)
+    for bad in (float("nan"), float("inf")):
+        done = hurt.update(prompts, torch.tensor([1.0, bad]))
+        assert done["critic/skipped"] == 1
+        assert all(torch.equal(a, b) for a, b in zip(before, values(hurt), strict=True))
+    for c in (clean, hurt):
+        assert c.update(prompts, rewards)["critic/skipped"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(values(clean), values(hurt), strict=True))
+    with pytest.raises(Diverged, match="ten updates in a row were not finite"):
+        for _ in range(10):
+            hurt.update(prompts, torch.tensor([1.0, float("nan")]))
+
+
+def test_ten_bad_updates_stop_the_run_with_their_batch(tmp_path):
+    (tmp_path / "bad.py").write_text("""
+from sppo import Baseline, Config, train
+class Bad(Baseline):
+    def advantages(self, batch):
+        return batch.rewards * float("nan")
+train(Config.parse(""), Bad)
+""")
+    done = run(tmp_path / "bad.py", *SMALL, "--output", tmp_path / "run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "step 5: ten updates in a row were not finite" in done.stderr
+    assert done.stdout.count("warning: an update was not finite, and was skipped") == 1  # once for as long as it lasts
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["step"] == 4 and lines[-1]["policy/skipped"] == 1 and lines[-1]["policy/loss"] is None  # strict JSON
+    rows = [json.loads(line) for line in (tmp_path / "run/diverged.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and rows[0]["ids"] and rows[0]["prompt_ids"]
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+def variant(folder, tokenizer=None, generation=None):
+    """The built-in model with another tokenizer or generation config."""
+    shutil.copytree(BUILTIN_MODEL, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for name, changes in (("tokenizer_config.json", tokenizer), ("generation_config.json", generation)):
+        if changes is not None:
+            path = folder / name
+            before = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps({k: v for k, v in {**before, **changes}.items() if v is not None}))
+    return folder
+
+
+SETTINGS = ["--temperature", "1", "--max-prompt-tokens", "64", "--max-response-tokens", "64", "--dtype", "float32",
+            "--no-checkpoint-activations", "--save-every", "0"]
+
+
+def test_odd_rows_and_an_odd_tokenizer(tmp_path):
+    """Base model: no chat template, no pad token, several end tokens. Rows with what a crawl brings."""
+    model = variant(tmp_path / "model", {"chat_template": None, "pad_token": None}, {"eos_token_id": [2, 3]})
+    rows = [{"problem": p, "answer": a} for p, a in (
+        ("1\x00\x07\x1b[31m2", "3"), ("lone \ud800 surrogate \udfff", "\ud83d 4"), ("\u202eright to left", "5"),
+        ("x" * 100_000, "6"), ("\n\n\n", "7"), ("🦜" * 5, "\\left( 3, \\frac{\\pi}{2} \\right)"), ("z", "$\\dfrac12$"),
+        ("z2", "10\\%"), ("z3", "\\text{(C)}"), ("z4", "x \\in [-2,7]"), ("z5", "1,000,000"), ("z6", "11\\text{ cm}^2"),
+        ("z7", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"))]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("sppo.py", "--model", model, *SETTINGS, "--engine", "transformers", "--steps", "2", "--prompts-per-step", "12",
+               "--minibatch", "6", "--eval-problems", "2", "--dataset", tmp_path / "odd.jsonl", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "dropped 1 of 13 problems" in done.stdout
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("collapse", ["endless", "empty"])
+def test_a_collapsed_policy_keeps_running_and_says_so(tmp_path, collapse, engine):
+    """Endless: no response ends within the limit. Empty: every token ends a response, so all are one token long."""
+    pytest.importorskip(engine)
+    size = json.loads((ROOT / "builtin/config.json").read_text())["vocab_size"]
+    model = BUILTIN_MODEL
+    if collapse == "empty":
+        model = variant(tmp_path / "model", generation={"eos_token_id": list(range(size))})
+    done = run("sppo.py", "--model", model, *SMALL, *SETTINGS, "--engine", engine, "--steps", "2", "--output", tmp_path / "run",
+               *(["--max-response-tokens", "1"] if collapse == "endless" else []))
+    assert done.returncode == 0, done.stderr
+    warning = "responses were cut off by --max-response-tokens 1" if collapse == "endless" else "nearly all responses are empty"
+    assert done.stdout.count(f"{warning}") == 1
+    assert metrics(tmp_path / "run")[-1]["response_tokens"] == 1
+
+
+# ---- disk -----------------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_while_saving(tmp_path):
+    """No file may grow beyond 1 MB: neither checkpoints nor the model fit, and metrics do."""
+    command = [sys.executable, "sppo.py", *SMALL, "--steps", "4", "--save-every", "2", "--output", str(tmp_path / "run")]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command], cwd=ROOT, env=environment(), text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "warning: no checkpoint of step 2" in done.stdout and "earlier ones are untouched" in done.stdout
+    assert "the trained model could not be saved" in done.stderr
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]  # it went on
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_a_full_disk_while_logging(tmp_path, capsys):
+    """Lines that could not be written are written later, each once, even if the disk took half of one."""
+    log = Log(Config(output=str(tmp_path), steps=4))
+    file, room = log.file, [10**6]
+
+    class Disk:
+        def write(self, data):
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            room[0] -= (count := min(len(data), room[0]))
+            return file.write(data[:count])
+
+        def close(self):
+            file.close()
+
+    log.file = Disk()
+    for step, left in ((1, 10**6), (2, 7), (3, 0), (4, 10**6)):
+        room[0] = left
+        log.add({"reward": 0.5})
+        log.write(step, 1.0)
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written") == 2
+
+
+# ---- whom it trusts -------------------------------------------------------------------------------------------------
+
+def test_no_code_comes_with_a_model_unless_asked(tmp_path):
+    model = variant(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.F", "AutoModelForCausalLM": "foreign.F"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    done = run("sppo.py", "--model", model, *SMALL, *SETTINGS, "--output", tmp_path / "run", timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not (tmp_path / "ran").exists()
+    shutil.rmtree(model)
+    model = variant(model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    done = run("sppo.py", "--model", model, *SMALL, *SETTINGS, "--output", tmp_path / "run", timeout=60)
+    assert done.returncode == 2 and "has no .safetensors file" in done.stderr
