@@ -6,7 +6,7 @@ help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
-	$(BIN)/python sppo.py
+	OMP_NUM_THREADS=1 $(BIN)/python sppo.py  # so small a model only waits for more threads
 
 test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .

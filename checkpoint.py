@@ -10,13 +10,19 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
@@ -26,69 +32,109 @@ from data import InputError
 from policy import Diverged
 
 FORMAT = "sppo checkpoint 1"
+MAX_FILE_BYTES = 8 << 30  # of all ranks together
 
 
 def state_of(run, baseline):
     """Everything that the next step depends on. (Problems and seeds of a step are drawn from its number.)"""
-    return {"policy": run.policy.state_dict(), "baseline": baseline.state_dict(), "seconds": run.clock.total,
-            "given_up": [run.verifier.timeouts, run.verifier.crashes], "options": dataclasses.asdict(run.config)}
+    return {"algorithm": type(baseline).__name__, "policy": run.policy.state_dict(), "baseline": baseline.state_dict(),
+            "seconds": run.clock.total, "given_up": list(run.given_up.values()), "options": dataclasses.asdict(run.config)}
 
 
-def save(run, baseline, step):
+def existing(output):
+    """The checkpoints of a run's output folder, oldest first, complete or not."""
+    return sorted(path for path in Path(output, "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def save(run, baseline, log, step):
     """All ranks. Writes a checkpoint, and deletes all but the newest `--keep`. If there is no room for it, a warning
-    says so, those that exist remain, and the run goes on."""
+    says so, those that exist remain, and the run goes on. Returns whether it was saved."""
     folder = Path(run.config.output) / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
     tensors, values = _flatten(state_of(run, baseline))
-    problem = first_problem(lambda: is_main() and _empty(partial))
-    problem = problem or first_problem(
-        lambda: dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True)))
+    # Files of some gigabytes each: a rank holds one at a time in host memory, while it is written.
+    file_of, size = {}, 0
+    for name, tensor in sorted(tensors.items()):
+        size += tensor.numel() * tensor.element_size()
+        file_of[name] = 1 + (size - 1) // MAX_FILE_BYTES if size else 1
+    writer = HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
+    problem = first_problem(log.sync)  # or steps could be done that metrics.jsonl knows nothing of
+    problem = problem or first_problem(lambda: is_main() and _empty(partial))
+    problem = problem or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
     problem = problem or first_problem(lambda: is_main() and _complete(partial, final, step, values))
     if problem:
         say(f"warning: no checkpoint of step {step} in {folder} ({problem}); earlier ones are untouched")
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
-        for old in sorted(folder.glob("step-*"))[: -run.config.keep]:
-            # Renamed first: a checkpoint is there or it is not, also when this is interrupted.
-            shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
+        if not problem:
+            # Those of later steps were passed over as broken when this run was resumed from an earlier one.
+            done = [path for path in existing(run.config.output) if path <= final]
+            for old in {*existing(run.config.output)} - {*done[-run.config.keep :]}:
+                with contextlib.suppress(OSError):
+                    # Renamed first: a checkpoint is there or it is not, also when this is interrupted.
+                    shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))
+    return not problem
+
+
+def lock(output):
+    """Rank 0 keeps others from writing into the same output folder, for as long as this process lives."""
+    Path(output).mkdir(parents=True, exist_ok=True)
+    if fcntl:
+        held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another run is writing into {output}; wait for its end, or give another --output") from None
+        return held
 
 
 def resume(run, baseline):
     """All ranks. Takes up the newest complete checkpoint, if `--resume` asks for it and there is one. Returns the step
     after which it was saved, or 0. Broken checkpoints are passed over with a warning; one that belongs to another model
     or algorithm is refused with an InputError before anything of it is read."""
-    folder = Path(run.config.output) / "checkpoints"
-    candidates = sorted(folder.glob("step-*"), reverse=True) if run.config.resume else []
-    complete = (path for path in candidates if _is_complete(path))
-    path = next(complete, None)
-    if path is None:
-        if candidates:
-            raise InputError(f"{folder}: has no complete checkpoint; delete it to start anew, or give another --output")
-        if run.config.resume:
-            say(f"{folder}: no checkpoint yet, so this run starts at the beginning")
+    c = run.config
+    chosen = [None]
+    if is_main() and c.resume:  # chosen once, so that all ranks take the same
+        chosen = [next((str(path) for path in reversed(existing(c.output)) if _is_complete(path)), None)]
+    dist.broadcast_object_list(chosen)
+    if chosen[0] is None:
+        if c.resume and existing(c.output):
+            raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start anew, or give "
+                             "another --output")
+        if c.resume:
+            say(f"{c.output}: no checkpoint yet, so this run starts at the beginning")
         return 0
+    path = Path(chosen[0])
+    if problem := first_problem(lambda: json.loads((path / "state.json").read_text())):
+        raise InputError(f"{path}: cannot be read on every rank ({problem}); all nodes must see the same --output")
+    meta = json.loads((path / "state.json").read_text())
+    ours = type(baseline).__name__
+    if meta["values"]["algorithm"] != ours:
+        raise InputError(f"{path}: is of a run of {meta['values']['algorithm']}, and this is {ours}; resume with the command "
+                         "that wrote it, or give another --output")
+    if meta["step"] > c.steps:
+        raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
     tensors, _ = _flatten(state_of(run, baseline))
     reader = HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
     differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
         name for name, ours in tensors.items() if isinstance(ours, DTensor) and ours.shape != saved[name].size)
     if differing:
-        raise InputError(f"{path}: belongs to another model or algorithm ({differing[0]} differs); resume with the command "
+        raise InputError(f"{path}: belongs to another model ({differing[0]} differs); resume with the command "
                          "that wrote it, or give another --output")
     for name, ours in tensors.items():
         if not isinstance(ours, DTensor):  # small, and of whatever length: every rank reads all of it
             tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
     dcp.load(tensors, storage_reader=reader)  # sharded ones are filled in place
-    meta = json.loads((path / "state.json").read_text())
     state = _unflatten({**meta["values"], **tensors})
     run.policy.load_state_dict(state["policy"])
     baseline.load_state_dict(state.get("baseline", {}))
     run.clock.total = state["seconds"]
     if is_main():  # the others count from 0; only sums are reported
         run.verifier.timeouts, run.verifier.crashes = state["given_up"]
-    options = json.loads(json.dumps(dataclasses.asdict(run.config)))
+    options = json.loads(json.dumps(dataclasses.asdict(c)))
     changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})" for name, was in state["options"].items()
-               if name not in ("resume", "output") and options.get(name) != was]
+               if name in options.keys() - {"resume", "output"} and options[name] != was]
     say(f"Going on after step {meta['step']}" + (f", with {', '.join(changed)}" if changed else ""))
     return meta["step"]
 
@@ -100,11 +146,10 @@ def saved_if_diverged(batch, step, config):
         yield
     except Diverged as error:
         path = Path(config.output) / "diverged.jsonl"
-        if is_main():
-            rows = zip(batch.problems, batch.prompts, batch.responses, batch.rewards.tolist(), strict=True)
-            path.write_text("".join(json.dumps({
-                "problem": problem.id, "prompt_ids": prompt, "reward": reward, **dataclasses.asdict(response)}) + "\n"
-                for problem, prompt, response, reward in rows))
+        rows = zip(batch.problems, batch.prompts, batch.responses, batch.rewards.tolist(), strict=True)
+        lines = [json.dumps({"problem": problem.id, "prompt_ids": prompt, "reward": reward, **dataclasses.asdict(response)})
+                 for problem, prompt, response, reward in rows]
+        first_problem(lambda: is_main() and path.write_text("\n".join(lines) + "\n"))
         raise InputError(f"step {step}: {error}; its batch is in {path}. Go on from an earlier checkpoint with --resume and "
                          "a lower --lr or --critic-lr") from None
 
@@ -152,8 +197,8 @@ def first_problem(action):
 
 def _empty(partial):
     for leftover in partial.parent.glob("partial-*"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
 
 
 def _complete(partial, final, step, values):
@@ -161,12 +206,17 @@ def _complete(partial, final, step, values):
     meta = {"format": FORMAT, "step": step, "files": {f.name: f.stat().st_size for f in partial.iterdir()}, "values": values}
     (partial / "state.json").write_text(json.dumps(meta))
     for path in (*partial.iterdir(), partial):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():  # of a run that was resumed from an older one
+        _onto_disk(path)
+    if final.exists():  # broken, or this run was resumed from an older one
         shutil.rmtree(final)
     partial.rename(final)
+    _onto_disk(final.parent)
+
+
+def _onto_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _is_complete(path):
@@ -177,7 +227,10 @@ def _is_complete(path):
         for name, size in meta["files"].items():
             if (path / name).stat().st_size != size:
                 problem = f"{name} is not as long as it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            elif name.endswith(".safetensors"):
+                with safe_open(path / name, "pt"):  # reads its table of contents
+                    pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         problem = f"it is no complete checkpoint ({type(error).__name__}: {error})"
     if problem:
         say(f"warning: {path} is passed over: {problem}")

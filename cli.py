@@ -31,9 +31,10 @@ def is_main():
 
 def say(text=""):
     """Prints once, whatever the number of ranks, above the progress bar if there is one."""
-    if is_main():
-        tqdm.write(str(text), file=sys.stdout)
-        sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the terminal was closed, or the disk under `> run.log` is full: no reason to die
+        if is_main():
+            tqdm.write(str(text), file=sys.stdout)
+            sys.stdout.flush()
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -86,23 +87,27 @@ def clear_errors():
 # ---- being told to stop ---------------------------------------------------------------------------------------------
 
 class Stop:
-    """SIGTERM or Ctrl-C: the running step is finished and saved. The second one ends the process at once."""
+    """SIGTERM or Ctrl-C: the running step is finished and saved. A second one ends the process at once; but not one that
+    comes within two seconds, since schedulers and torchrun tell each process of a job by more than one way."""
 
     def __init__(self):
-        self.requested = False
+        self.requested = 0.0  # when
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        self.requested = True
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-        if is_main():
-            os.write(2, b"\nStopping after this step and a checkpoint; once more to stop at once.\n")
+        now = time.monotonic()
+        if self.requested and now - self.requested > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested = self.requested or now
+        with contextlib.suppress(OSError):
+            if is_main():
+                os.write(2, b"\nStopping after this step and a checkpoint; once more, later, to stop at once.\n")
 
     def on_any_rank(self):
         """Whether any rank was told to: they must stop together."""
-        requested = torch.tensor(int(self.requested))
+        requested = torch.tensor(int(self.requested > 0))
         dist.all_reduce(requested, op=dist.ReduceOp.MAX)
         return bool(requested)
 
@@ -157,16 +162,19 @@ class Log:
         if not is_main():
             return
         folder = Path(config.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         kept = earlier_lines(folder / "metrics.jsonl", begun) if begun else []
         if kept and "eval_accuracy" in (first := json.loads(kept[0])):
             self.first = first
-        (folder / "metrics.jsonl.partial").write_text("".join(kept))
-        (folder / "metrics.jsonl.partial").replace(folder / "metrics.jsonl")
+        for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"),
+                           ("metrics.jsonl", "".join(kept))):
+            with (folder / f"{name}.partial").open("w") as file:  # written beside and renamed: it is never half there
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            (folder / f"{name}.partial").replace(folder / name)
         self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
         self.writers = []
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError):
             from torch.utils.tensorboard import SummaryWriter
             if not begun:
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # like metrics.jsonl, it begins anew
@@ -190,7 +198,6 @@ class Log:
         if step == 0:
             self.first = self.metrics
             show_samples("Before training:", batch, tokenizer)
-            self.write(0, 0.0)
 
     def write(self, step, seconds):
         """Ends a step: its metrics become a line on the screen and an object in metrics.jsonl."""
@@ -212,16 +219,21 @@ class Log:
             self.bar.update(step - self.bar.n)
         self.metrics = {}
 
+    def sync(self):
+        """Everything so far is on the disk, or an OSError says why not."""
+        if is_main():
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            os.fsync(self.file.fileno())
+
     def finish(self, tokenizer, seconds):
         """Ends the run: samples again, and one paragraph on what happened and what to do next."""
         if not is_main():
             return
         self.bar.close()
-        self._write_what_there_is_room_for()
-        self.file.close()
         c = self.config
         if self.step < c.steps:
-            say(f"Stopped after step {self.step}, as told. The same command with --resume goes on from here.")
+            say(f"Stopped after step {self.step}, as told. The same command with --resume goes on from the last checkpoint.")
             return
         text = f"Trained {c.model} for {c.steps} steps in {seconds:.0f} s of training."
         if self.first and self.last:

@@ -22,7 +22,7 @@ class ValueModel(nn.Module):
         self.backbone = AutoModel.from_pretrained(
             model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code, use_safetensors=True)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
-        nn.init.zeros_(self.head.weight)  # V = 1/2 for every prompt, until something was learned
+        nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something was learned
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, scored):

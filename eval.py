@@ -2,7 +2,7 @@
 
     python eval.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --benchmarks aime24 math500 --samples 16
     torchrun --nproc-per-node 8 eval.py ...          the ranks share the work
-    python eval.py --model runs/sppo                 a training run's model, on the built-in task
+    python eval.py                                   the built-in model, on the built-in task
     python eval.py --compare a.jsonl b.jsonl         two evaluations side by side
     python eval.py --recheck a.jsonl                 its rewards against plain math-verify
 
@@ -10,8 +10,11 @@ Every response is a line of the output file as soon as it is verified, and each 
 evaluation that was stopped goes on from there: the same command again.
 """
 import hashlib
+import importlib.util
 import json
 import math
+import multiprocessing
+import re
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +33,7 @@ from transformers import AutoConfig
 
 from data import BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render
 from policy import check_model, init_distributed
-from reward import Verifier, equal, extract_answer
+from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
 from rollout import make_engine, sample_and_verify, stop_tokens
 
 # Where each benchmark is on the hub: NAME[/CONFIG][:SPLIT].
@@ -74,6 +77,10 @@ class Config(CommandLine):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         if self.temperature < 0 or self.top_p > 1:
             raise InputError(f"--temperature {self.temperature} --top-p {self.top_p}: give at least 0 and at most 1")
+        if self.output and not self.output.endswith(".jsonl"):
+            raise InputError(f"--output {self.output}: is a file of responses; give it a name that ends with .jsonl")
+        if self.engine == "vllm" and not importlib.util.find_spec("vllm"):
+            raise InputError("--engine vllm needs `pip install vllm`")
         if self.temperature == 0 and self.samples > 1:
             raise InputError(f"--temperature 0 --samples {self.samples}: greedy responses are all the same; give --samples 1")
 
@@ -90,7 +97,7 @@ def majority_at_k(answers, gold, equal=equal):
     Answers that are mathematically equal count as one, however they are written. None (no answer) has no vote."""
     groups = []  # [an answer, its votes]
     for answer in answers:
-        if answer is not None:
+        if answer is not None and len(answer) <= MAX_ANSWER_CHARS:
             group = next((g for g in groups if answer == g[0] or equal(answer, g[0])), None)
             if group:
                 group[1] += 1
@@ -157,7 +164,7 @@ def load_benchmark(name, data=None):
         return load_problems(BENCHMARKS[name])
     except InputError as error:
         raise InputError(f"benchmark {name}: {error}; where there is no network, put its problems into {name}.jsonl or "
-                         f"{name}.parquet and name their folder with --data") from None
+                         f"{name}.parquet, and name that file itself, or its folder with eval.py's --data") from None
 
 
 def label(name):
@@ -174,7 +181,8 @@ def record(benchmark, problem, sample, response, text, reward, mode):
 
 class Records:
     """The file of an evaluation: a line that says what was evaluated, then a line a response. Each rank but the first
-    writes a file of its own beside it; they are merged when an evaluation ends, and when it is taken up again."""
+    writes such a file of its own beside it, with its number at the end; they are merged into the first when an
+    evaluation ends, and when it is taken up again."""
 
     def __init__(self, path, settings):
         """All ranks. Raises InputError if the file holds an evaluation with other settings."""
@@ -185,25 +193,26 @@ class Records:
         dist.barrier()
         _, self.done = read_records(self.path)
         rank = dist.get_rank()
-        self.file = (self.path if rank == 0 else Path(f"{self.path}.{rank}")).open("a", encoding="utf-8")
+        self.file = (Path(f"{self.path}.{rank}") if rank else self.path).open("a", encoding="utf-8")
+        if rank:
+            self.write(self.settings)
 
     def merge(self):
         """Rank 0: everything that was completely written, once, in the first file."""
-        parts = [p for p in (self.path, *sorted(self.path.parent.glob(f"{self.path.name}.*"))) if p.is_file()]
-        lines = {}
+        lines, parts = {}, ([self.path] if self.path.is_file() else []) + rank_files(self.path)
         for part in parts:
             settings, records = read_records(part)
-            for name, value in (settings or {}).items():
-                if value != self.settings.get(name):
-                    raise InputError(f"{self.path}: holds an evaluation with {name} {value!r}, and this one has "
-                                     f"{self.settings.get(name)!r}; give another --output, or delete it")
+            for name in self.settings if records else ():
+                if (settings or {}).get(name) != self.settings[name]:
+                    raise InputError(f"{part}: holds an evaluation with {name} {(settings or {}).get(name)!r}, and this one "
+                                     f"has {self.settings[name]!r}; give another --output, or delete that file")
             lines |= records
         whole = self.path.with_suffix(".partial")
         with whole.open("w", encoding="utf-8") as file:
             for line in (self.settings, *lines.values()):
                 file.write(json.dumps(line) + "\n")
         whole.replace(self.path)
-        for part in parts[1:]:
+        for part in rank_files(self.path):
             part.unlink()
 
     def write(self, line):
@@ -219,13 +228,17 @@ class Records:
             return read_records(self.path)[1]
 
 
+def rank_files(path):
+    return sorted(p for p in Path(path).parent.iterdir() if re.fullmatch(re.escape(Path(path).name) + r"\.\d+", p.name))
+
+
 def read_records(path):
     """(settings or None, {(benchmark, problem, sample): record}) of a file. A last line without an end was being written
     when the evaluation was stopped, and does not count."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file that eval.py wrote") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a file that eval.py wrote") from None
     settings, records = None, {}
     for i, line in enumerate(text.split("\n")[:-1]):
         try:
@@ -239,10 +252,10 @@ def read_records(path):
     return settings, records
 
 
-def fingerprint(model):
+def fingerprint(model, trust_remote_code):
     """Something that changes when a model's weights do, so that responses of two models never count as one's."""
     if not Path(model).is_dir():
-        return AutoConfig.from_pretrained(model)._commit_hash
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)._commit_hash
     digest = hashlib.sha1()
     for file in sorted(Path(model).glob("*.safetensors")):
         with file.open("rb") as weights:
@@ -262,15 +275,19 @@ def evaluate(c):
     jobs = [(name, p, sample) for name, problems in benchmarks.items() for p in problems for sample in range(c.samples)]
     prompts = {(name, p.id): render(p.messages, tokenizer) for name, problems in benchmarks.items() for p in problems}
     max_tokens = max(map(len, prompts.values())) + c.max_response_tokens
-    check_model(model, max_tokens, c.trust_remote_code)
+    check_model(model, max_tokens, c.trust_remote_code, "--max-response-tokens")
 
     device = init_distributed()
+    if dist.get_world_size() % c.tensor_parallel:
+        raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
     records = Records(c.output or f"runs/eval/{Path(c.model).name}.jsonl", {
-        "model": c.model, "weights": fingerprint(model),
+        "model": c.model, "weights": fingerprint(model, c.trust_remote_code),
         **{name: getattr(c, name) for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed")}})
     for name, problem, sample in jobs:
-        if (old := records.done.get((name, problem.id, sample))) and old["question"] != problem.messages[-1]["content"]:
-            raise InputError(f"{records.path}: its problem {problem.id} of {name} is another one; give another --output")
+        if (old := records.done.get((name, problem.id, sample))) and (
+                old["question"], old["gold"]) != (problem.messages[-1]["content"], problem.answer):
+            raise InputError(f"{records.path}: its problem {problem.id} of {name} has another text or "
+                             "answer now; give another --output")
     todo = [job for job in jobs if (job[0], job[1].id, job[2]) not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
@@ -359,7 +376,14 @@ def report(c, records, verifier, path):
 
 def compare(first, second):
     """Differences per benchmark, B - A, over the problems that both have, and the problems that flipped."""
-    (_, a), (_, b) = read_records(first), read_records(second)
+    (settings_a, a), (settings_b, b) = read_records(first), read_records(second)
+    for name, value in (settings_a or {}).items():
+        if name not in ("model", "weights") and value != (settings_b or {}).get(name):
+            say(f"warning: {name} differs: {value} in A, {(settings_b or {}).get(name)} in B")
+    for file, records in ((first, a), (second, b)):
+        samples = set(Counter((name, problem) for name, problem, _ in records).values())
+        if len(samples) > 1 or rank_files(file):
+            say(f"warning: {file} is incomplete: its evaluation was stopped; the command that wrote it goes on")
     averages = []
     for records in (a, b):
         rewards = {}
@@ -394,21 +418,29 @@ def compare(first, second):
                 + " ".join(questions[key].split())[:90])
 
 
+def plain_math_verify(text, gold):
+    from math_verify import parse, verify
+    parsed = [parse(part, raise_on_error=True) for part in (f"\\boxed{{{gold}}}", text)]
+    return float(verify(*parsed, raise_on_error=True))
+
+
 def recheck(path):
     """Scores every finished response again with nothing but math-verify over the text's last box."""
-    from math_verify import parse, verify
     _, records = read_records(path)
-    counts, differing = Counter(), []
+    counts, differing, pool = Counter(), [], None
     for r in tqdm(records.values(), unit="response", disable=None):
         box = r["response"].rfind("\\boxed")
         if not r["finished"] or box < 0:
             counts["without a box or unfinished" if not r["reward"] else "rewarded without a box"] += 1
             continue
+        pool = pool or multiprocessing.get_context("fork").Pool(1)
         try:
-            reward = float(verify(parse(f"\\boxed{{{r['gold']}}}", raise_on_error=True),
-                                  parse(r["response"][box:], raise_on_error=True), raise_on_error=True))
+            reward = pool.apply_async(plain_math_verify, (r["response"][box:], r["gold"])).get(timeout=15)
         except Exception as error:  # whatever it raises: it has no verdict, and what is without one cannot differ
             counts[f"math-verify failed ({type(error).__name__})"] += 1
+            if isinstance(error, multiprocessing.TimeoutError):  # it may never return, and not heed its own alarm
+                pool.terminate()
+                pool = None
             continue
         counts["agree, right" if r["reward"] and reward else "agree, wrong" if r["reward"] == reward else "differ"] += 1
         if r["reward"] != reward:
@@ -416,6 +448,8 @@ def recheck(path):
     say(f"{path}: {len(records):,} responses, scored again by math-verify over the last box")
     for name, count in sorted(counts.items()):
         say(f"{count:>8,}  {name}")
+    if pool:
+        pool.terminate()
     for r in differing:
         box = r["response"][r["response"].rfind("\\boxed") :][:80]
         say(f"  {r['benchmark']} {r['problem']}/{r['sample']}: ours {r['reward']:.0f}; gold {r['gold']!r}, answer "

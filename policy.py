@@ -49,9 +49,9 @@ def init_distributed() -> torch.device:
     return device
 
 
-def check_model(model, tokens, trust_remote_code=False):
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
     """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
-    `tokens`: the longest sequence that it will have to read."""
+    `tokens`: the longest sequence that it will have to read; `options`: what sets them."""
     if not os.path.isfile(f"{model}/config.json"):
         try:  # one request; transformers would try for half a minute
             if not isinstance(try_to_load_from_cache(model, "config.json"), str):
@@ -72,8 +72,7 @@ def check_model(model, tokens, trust_remote_code=False):
                          "the two do not belong together")
     context = getattr(config, "max_position_embeddings", None)
     if context and tokens > context:
-        raise InputError(f"{model}: reads at most {context} tokens, and --max-prompt-tokens with --max-response-tokens "
-                         f"asks for {tokens}; lower them")
+        raise InputError(f"{model}: reads at most {context} tokens, and is asked to read {tokens}; lower {options}")
 
 
 def micro_batches(lengths, budget):

@@ -216,7 +216,8 @@ def _work(timeout):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; the workers end with its pipe
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # to stop is the trainer's business; the workers end with its pipe
     import logging
     logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
     _work(float(sys.argv[1]))

@@ -146,7 +146,7 @@ class TransformersEngine:
         import transformers
         self.name = f"transformers {transformers.__version__}"
         self.device, self.stop = device, stop
-        self.random = torch.Generator(device).manual_seed(seed + dist.get_rank())
+        self.random = torch.Generator().manual_seed(seed + dist.get_rank())
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True).to(device).eval()
         self.parameters = dict(self.lm.named_parameters())

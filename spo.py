@@ -120,16 +120,17 @@ class SPO(Baseline):
             problems = run.problems[i : i + run.config.prompts_per_step]
             batch = run.sample(problems, n)
             self.tracker.start([p.id for p in problems], batch.rewards.view(-1, n).double().numpy())
-            firsts += zip(problems, batch.sequences[n - 1 :: n], strict=True)
+            firsts += [(problem, (prompt, np.array(ids, np.int32)))
+                       for problem, (prompt, ids) in zip(problems, batch.sequences[n - 1 :: n], strict=True)]
         run.engine.sleep()
         for i in range(0, len(firsts), run.config.prompts_per_step):
             problems, sequences = zip(*firsts[i : i + run.config.prompts_per_step], strict=True)
-            self.remember(problems, sequences, run.policy.logprobs(sequences))
+            self.remember(problems, sequences, run.policy.logprobs([(p, ids.tolist()) for p, ids in sequences]))
         run.engine.sync(run.policy.weights())
 
     def remember(self, problems, sequences, logprobs):
         for problem, (_, ids), values in zip(problems, sequences, logprobs, strict=True):
-            self.last[problem.id] = (np.array(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
+            self.last[problem.id] = (np.asarray(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
 
     def moved(self, batch):
         """D [B]: how far the policy is from the one that last answered each prompt, on that answer; 0 for the first."""

@@ -19,7 +19,6 @@ import importlib.util
 import os
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from cli import Clock, CommandLine, Log, Stop, clear_errors, option, say  # before torch: it quiets what loads after it
@@ -77,7 +76,7 @@ class Config(CommandLine):
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     wandb: str | None = option(None, "log to this Weights & Biases project")
     seed: int = option(0, "of data order and sampling")
-    deterministic: bool = option(False, "the same command gives the same numbers, on the same machine, at some cost in speed")
+    deterministic: bool = option(False, "the same command gives the same numbers, on the same CPU, at some cost in speed")
 
     # What differs when no --model is given: a model of 360k parameters wants other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
@@ -97,12 +96,12 @@ class Config(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step {self.prompts_per_step}; "
                              "choose a divisor, or the same number for one optimiser step a rollout")
-        if not self.resume and any(Path(self.output, "checkpoints").glob("step-*")):
+        if not self.resume and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of an earlier run; go on from them with --resume, give another "
                              "--output, or delete it")
         check_model(self.model, self.max_prompt_tokens + self.max_response_tokens, self.trust_remote_code)
         if self.critic_model:
-            check_model(self.critic_model, self.max_prompt_tokens, self.trust_remote_code)
+            check_model(self.critic_model, self.max_prompt_tokens, self.trust_remote_code, "--max-prompt-tokens")
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -235,12 +234,13 @@ class Run:
         if dist.get_world_size() % c.tensor_parallel:
             raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
         self.clock = Clock(self.device)
+        self.given_up = {"reward/timeouts": 0, "reward/crashes": 0}  # so far
         self.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
         check_answers(self, c.dataset)
         torch.manual_seed(c.seed)
         if c.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it where there is CUDA
-            torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.random = random.Random()  # seeded anew for each step, the same on every rank: there is no state to save
         # The engine goes first: on a GPU it sizes its cache by what is free, and then sleeps until it is needed.
         self.engine = make_engine(
@@ -254,6 +254,7 @@ class Run:
         """Samples and verifies `samples` responses per problem; the ranks share the work, and all get the whole Batch.
         With `greedy`, each problem's greedy response is also generated, and its reward kept in `greedy_rewards`."""
         c, world = self.config, dist.get_world_size()
+        temperature = c.temperature if temperature is None else temperature
         first_seed = self.random.getrandbits(40)
         prompts = [render(p.messages, self.tokenizer) for p in problems]
         # One job per response: (number of the problem, number of the sample); the sample after the last is greedy.
@@ -266,7 +267,7 @@ class Run:
                     self.engine, self.verifier, self.tokenizer, [prompts[jobs[j][0]] for j in mine],
                     [problems[jobs[j][0]].answer for j in mine], max_tokens=c.max_response_tokens,
                     top_p=top_p,
-                    temperature=[(temperature or c.temperature) if jobs[j][1] < samples else 0.0 for j in mine],
+                    temperature=[temperature if jobs[j][1] < samples else 0.0 for j in mine],
                     # Seeds of its own for each response cost some speed; ranks that share an engine must agree, though.
                     seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None):
                 done[mine[n]] = response, reward
@@ -290,8 +291,8 @@ def train(config, make_baseline):
     """Trains `config.model`, with what `make_baseline(run)` returns subtracted from the reward."""
     run = Run(config)
     baseline = make_baseline(run)
-    begun = checkpoint.resume(run, baseline)
-    policy, engine, clock, log, stop = run.policy, run.engine, run.clock, Log(config, begun), Stop()
+    begun, log = begin(run, baseline)
+    policy, engine, clock, stop = run.policy, run.engine, run.clock, Stop()
     engine.sync(policy.weights())  # wakes it: from here on it is only asleep while the others train
     announce(run)
     if not begun:
@@ -335,12 +336,12 @@ def train(config, make_baseline):
         log.write(step, clock.total)
 
         # 7. From here the run could go on after a kill.
-        stopping = stop.on_any_rank()
+        stopping = stop.on_any_rank() and step < config.steps
         if stopping or config.save_every and step % config.save_every == 0:
-            checkpoint.save(run, baseline, step)
+            saved = checkpoint.save(run, baseline, log, step)
         if stopping:
             break
-    finish(run, log)
+    finish(run, log, stopping and not saved)
 
 
 def policy_step(policy, batch, rows, advantages, config):
@@ -422,6 +423,19 @@ def mean_of(dicts):
     return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
 
 
+def begin(run, baseline):
+    """(step after which the run goes on, or 0; its Log). Nothing is written into the output folder before this."""
+    locks, logs = [], []  # kept alive by the run and the caller
+    problem = checkpoint.first_problem(lambda: dist.get_rank() or locks.append(checkpoint.lock(run.config.output)))
+    if problem:
+        raise InputError(f"{run.config.output}: {problem}")
+    run.lock = locks
+    begun = checkpoint.resume(run, baseline)
+    if problem := checkpoint.first_problem(lambda: logs.append(Log(run.config, begun))):
+        raise InputError(f"{run.config.output}: cannot be written ({problem})")
+    return begun, logs[0]
+
+
 def announce(run):
     c = run.config
     say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; engine "
@@ -438,23 +452,29 @@ def evaluate(run, log, step):
     if run.held_out:
         batch = run.sample(run.held_out)
         log.evaluated(step, batch, run.tokenizer)
+    if step == 0:
+        log.write(0, 0.0)
 
 
-def finish(run, log):
+def finish(run, log, unsaved=False):
     """Saves the model where transformers and vllm find it, and says what happened."""
-    problem = None
-    if log.step == run.config.steps:
-        folder = f"{run.config.output}/model"
-        problem = checkpoint.first_problem(lambda: run.policy.save(folder))
+    c, folder = run.config, f"{run.config.output}/model"
+    error = f"{c.output}: there was no room for a checkpoint of step {log.step}, where the run was stopped" if unsaved else None
+    if log.step == c.steps:
+        problem = checkpoint.first_problem(log.sync) or checkpoint.first_problem(lambda: run.policy.save(folder))
         problem = problem or checkpoint.first_problem(lambda: dist.get_rank() or run.tokenizer.save_pretrained(folder))
-    log.finish(run.tokenizer, run.clock.total)
+        if problem:
+            error = f"{folder}: the trained model could not be saved ({problem})" + (
+                "; make room, and give the same command with --resume, which goes on from the last checkpoint"
+                if checkpoint.existing(c.output) else ", and there is no checkpoint: this training is lost")
+    if not error:
+        log.finish(run.tokenizer, run.clock.total)
     run.verifier.close()
     run.engine.close()  # before the process group, which vLLM may end itself
     if dist.is_initialized():
         dist.destroy_process_group()
-    if problem:
-        raise InputError(f"{folder}: the trained model could not be saved ({problem}); make room, and give the same command "
-                         "with --resume, which goes on from the last checkpoint")
+    if error:
+        raise InputError(error)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ import importlib
 import re
 
 import pytest
-from conftest import ROOT, metrics, run
+from conftest import ROOT, complaint, metrics, run
 
-QUICK = ["--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8"]
+from sppo import train
+
+QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8"]
 
 
 @pytest.mark.parametrize("command, reports", [
-    (["grpo.py", "--steps", "12"], {"group/all_equal"}),
+    (["grpo.py", "--steps", "4"], {"group/all_equal"}),
     (["ppo.py", "--steps", "8"], {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
     (["spo.py", "--steps", "8", "--init-samples", "1"], {"critic/auc", "tracker/rho", "tracker/distance"})])
 def test_they_learn_on_two_ranks(tmp_path, command, reports):
@@ -25,7 +27,7 @@ def test_they_learn_on_two_ranks(tmp_path, command, reports):
 
 
 @pytest.mark.parametrize("command, reports", [
-    (["grpo.py", "--no-normalize", "--group-size", "3", "--engine", "transformers"], "group/all_equal"),
+    (["grpo.py", "--no-normalize", "--group-size", "3", "--engine", "vllm"], "group/all_equal"),
     (["grpo.py", "--baseline", "rloo"], "group/all_equal"), (["grpo.py", "--baseline", "remax"], "greedy_reward"),
     (["ppo.py", "--value-loss", "bce", "--gamma", "0.99", "--lam", "0.95"], "critic/auc_tenth_10"),
     (["spo.py", "--init-samples", "0", "--minibatch", "8"], "tracker/rho")])
@@ -45,17 +47,17 @@ def test_help_explains_every_option(script):
 
 @pytest.mark.parametrize("command, message", [
     (["grpo.py", "--group-size", "1"], "--group-size 1: responses to a prompt are compared; give 2 or more"),
-    (["grpo.py", "--baseline", "remax", "--critic-model", "builtin"], "remax has no critic"),
-    (["spo.py", "--critic-model", "builtin"], "spo has no critic"),
+    (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has no critic"),
+    (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
     (["ppo.py", "--lam", "1.5"], "--lam 1.5: must be between 0 and 1"),
     (["ppo.py", "--critic-model", "OTHER"], "reads other tokens than")])
-def test_bad_input_is_one_clear_sentence(tmp_path, command, message):
+def test_bad_input_is_one_clear_sentence(tmp_path, command, message, capsys):
     if "OTHER" in command:
         command = [*command[:-1], other_tokens(tmp_path / "other")]
-    done = run(*command, "--output", tmp_path / "out", timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+    module = importlib.import_module(command[0].removesuffix(".py"))
+    assert message in complaint(lambda a: train(module.Config.parse("", a), None), [*command[1:], "--output", tmp_path / "out"],
+                                capsys)
     assert not (tmp_path / "out").exists()
 
 

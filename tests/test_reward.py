@@ -2,12 +2,14 @@
 import json
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import SHARED
 
-from reward import Verifier, extract_answer, last_boxed, verify
+from reward import MAX_WORKER_BYTES, Verifier, extract_answer, last_boxed, verify
 
 HOSTILE = [f"\\boxed{{{answer}}}" for answer in [
     "9^{9^{9^{9}}}", "9^{9^{9^{9^{9}}}}", "2^{2^{2^{2^{2^{2}}}}}", "10^{10^{10}}", "7^{10^{9}}",
@@ -94,6 +96,20 @@ def test_a_worker_that_is_killed_is_replaced():
         worker.wait()
         assert verifier.score(["\\boxed{1}"] * 3, ["1"] * 3) == [0.0, 1.0, 1.0]
         assert verifier.crashes == 1
+    finally:
+        verifier.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_compares_has_a_memory_limit():
+    verifier = Verifier(workers=1)
+    try:
+        verifier.score(["\\boxed{1}"], ["1"])
+        worker = verifier._idle.get()
+        verifier._idle.put(worker)
+        child, = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+        limit, = (line for line in Path(f"/proc/{child}/limits").read_text().splitlines() if "Max address space" in line)
+        assert limit.split()[3:5] == [str(MAX_WORKER_BYTES)] * 2
     finally:
         verifier.close()
 

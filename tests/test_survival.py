@@ -106,12 +106,17 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
 
     before = (folder / "metrics.jsonl").read_bytes()
     (folder / "checkpoints/step-00000002/state.json").unlink()
-    for script, sentence in (("grpo.py", "belongs to another model or algorithm (baseline/critic/parameters"),
-                             ("ppo.py", "belongs to another model or algorithm")):
-        if script == "ppo.py":
+    foreign = variant(tmp_path / "small")
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    for command, sentence in (
+            (["ppo.py", *resume[1:]], "is of a run of SPPO, and this is PPO"),
+            ([*resume, "--model", foreign, *SETTINGS], "belongs to another model (baseline/critic/parameters/backbone.layers"),
+            ([*resume, "--steps", "0"], "--steps 0: must be"),
+            (resume, "has no complete checkpoint; delete its folder checkpoints to start anew")):
+        if command is resume:
             (folder / "checkpoints/step-00000001/state.json").write_text('{"format": "somebody else\'s"}')
-            sentence = "has no complete checkpoint; delete it to start anew"
-        done = run(script, *resume[1:])
+        done = run(*command)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     done = run(*[option for option in resume if option != "--resume"], timeout=60)
     assert done.returncode == 2 and "holds checkpoints of an earlier run; go on from them with --resume" in done.stderr
@@ -137,15 +142,20 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     printed, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     last = metrics(tmp_path / "run")[-1]["step"]
-    assert f"Stopped after step {last}, as told. The same command with --resume goes on from here." in printed
+    assert f"Stopped after step {last}, as told. The same command with --resume goes on from the last" in printed
     assert checkpoints(tmp_path / "run") == [f"step-{last:08d}"]
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
+    """But not if it comes with the first, as schedulers send them. Meanwhile nobody else may write into the folder."""
     process = started("sppo.py", *SMALL, "--steps", "1000", "--prompts-per-step", "512", "--minibatch", "8",
                       "--dataset", "chain", "--output", tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    other = run("sppo.py", *SMALL, "--output", tmp_path / "run", timeout=60)
+    assert other.returncode == 2 and "another run is writing into" in other.stderr
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
     process.communicate()
@@ -252,8 +262,7 @@ def test_odd_rows_and_an_odd_tokenizer(tmp_path):
     assert len(metrics(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-@pytest.mark.parametrize("collapse", ["endless", "empty"])
+@pytest.mark.parametrize("collapse, engine", [("endless", "vllm"), ("empty", "transformers")])
 def test_a_collapsed_policy_keeps_running_and_says_so(tmp_path, collapse, engine):
     """Endless: no response ends within the limit. Empty: every token ends a response, so all are one token long."""
     pytest.importorskip(engine)
@@ -281,12 +290,21 @@ def test_a_full_disk_while_saving(tmp_path):
     assert "the trained model could not be saved" in done.stderr
     assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]  # it went on
     assert checkpoints(tmp_path / "run") == []
+    assert "this training is lost" in done.stderr and "The model is in" not in done.stdout
+
+
+def test_a_full_disk_for_what_it_prints(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "sppo.py", *SMALL, "--steps", "2", "--output", str(tmp_path / "run")], cwd=ROOT,
+                              env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_a_full_disk_while_logging(tmp_path, capsys):
     """Lines that could not be written are written later, each once, even if the disk took half of one."""
     log = Log(Config(output=str(tmp_path), steps=4))
-    file, room = log.file, [10**6]
+    file, room = log.file, [10**6]  # bytes
 
     class Disk:
         def write(self, data):

@@ -1,14 +1,16 @@
 """sppo.py as its user runs it."""
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
 import shutil
 
 import pytest
-from conftest import ROOT, metrics, run
+from conftest import ROOT, complaint, metrics, run
 
 from data import BUILTIN_MODEL
+from sppo import SPPO, Config, train
 
 QUICK = ["--steps", "2", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8"]
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
@@ -17,7 +19,7 @@ needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vL
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    done = run("sppo.py", "--output", output)
+    done = run("sppo.py", "--steps", "30", "--output", output)
     assert done.returncode == 0, done.stderr
     return done.stdout, output
 
@@ -123,7 +125,7 @@ def broken_model(folder, **changes):
     ("temperature", "--temperature 0.0: must be greater than 0"),
     ("parallel", "--tensor-parallel 2 does not divide the 1 ranks"),
     ("steps", "argument --steps: invalid int value")])
-def test_bad_input_is_one_clear_sentence(tmp_path, case, message):
+def test_bad_input_is_one_clear_sentence(tmp_path, case, message, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "gold.jsonl").write_text('{"problem": "1?", "answer": "1"}\n{"problem": "2?", "answer": "\\\\frac{"}\n')
     arguments = {
@@ -133,14 +135,16 @@ def test_bad_input_is_one_clear_sentence(tmp_path, case, message):
         "prompts": ["--max-prompt-tokens", "5"], "gold": ["--dataset", tmp_path / "gold.jsonl"],
         "absent": ["--dataset", tmp_path / "absent.jsonl"], "steps": ["--steps", "many"],
         "temperature": ["--temperature", "0"], "parallel": ["--tensor-parallel", "2"]}[case]
-    done = run("sppo.py", *arguments, "--output", tmp_path / "out", timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+    if case in ("gold", "parallel"):  # seen only when the process group exists, of which a process has one
+        done = run("sppo.py", *arguments, "--output", tmp_path / "out", timeout=60)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    else:
+        arguments += ["--output", tmp_path / "out"]
+        assert message in complaint(lambda a: train(Config.parse("", a), SPPO), arguments, capsys)
     assert not (tmp_path / "out").exists()  # nothing was begun
 
 
 def test_help_explains_every_option():
-    from sppo import Config
     printed = run("sppo.py", "--help").stdout
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in printed
@@ -151,6 +155,8 @@ def test_everything_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text()
     for name in re.findall(r"`([\w./-]+\.(?:py|txt|md))`", readme):
         assert (ROOT / name).exists(), name
-    options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {"nproc-per-node", "help", "logdir", "nnodes"}
-    from sppo import Config
-    assert options <= {field.name.replace("_", "-") for field in dataclasses.fields(Config)} | {"no-checkpoint-activations"}
+    options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {
+        "nproc-per-node", "help", "logdir", "nnodes", "shutdown-timeout", "no-checkpoint-activations", "no-normalize"}
+    known = {field.name.replace("_", "-") for script in ("sppo", "grpo", "ppo", "spo", "eval")
+             for field in dataclasses.fields(importlib.import_module(script).Config)}
+    assert options <= known
