@@ -64,7 +64,7 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
                          "convert them first (transformers' save_pretrained writes safetensors)")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and its validators raise many kinds; each is about this file
         raise InputError(f"{model}: its config.json cannot be used ({str(error).splitlines()[0]})") from None
     tokenizer = load_tokenizer(model, trust_remote_code)
     if len(tokenizer) > config.vocab_size:

@@ -24,7 +24,7 @@ from cli import option
 from critic import ValueModel, auc, explained_variance
 from data import InputError, load_tokenizer
 from policy import Trained, check_model, pad, unflatten
-from sppo import Baseline, train, training_options
+from sppo import Baseline, train
 
 
 @dataclass
@@ -137,7 +137,7 @@ class PPO(Baseline):
         super().__init__(run)
         c = run.config
         self.critic = TokenCritic(c.critic_model or c.model, run.device, kind=c.value_loss, clip=c.value_clip,
-                                  minibatch=c.minibatch, lr=c.critic_lr, **training_options(c))
+                                  minibatch=c.minibatch, lr=c.critic_lr, **c.training_options())
 
     def advantages(self, batch):
         c = self.run.config

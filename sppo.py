@@ -12,29 +12,26 @@ subtract what a scalar critic, which read the prompt alone, expected:
     fit V with binary cross-entropy against R
 
 No group of samples per prompt as in GRPO, no value per token as in PPO. Reading order: `sequence_advantages` and
-`clipped_policy_loss` are the mathematics, `SPPO` is the baseline, `train` is the loop; then critic.py, policy.py,
-rollout.py, reward.py. The other algorithms import the loop from here and bring their own baseline.
+`clipped_policy_loss` are the mathematics, `SPPO` is the baseline, `train` is the loop; then critic.py, run.py (where
+a batch is sampled), policy.py, rollout.py, reward.py. The other algorithms import the loop from here and bring their own
+baseline.
 """
 import importlib.util
-import os
 import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cli import Clock, CommandLine, Log, Stop, clear_errors, option, say  # before torch: it quiets what loads after it
+from cli import CommandLine, Stop, clear_errors, option  # before torch: it quiets what loads after it
 
 # isort: split
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 from critic import PromptCritic, calibration
-from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer, render, split
-from eval import TEMPERATURE, TOP_P, benchmark_metrics, load_benchmark
-from policy import Policy, check_model, init_distributed
-from reward import Verifier
-from rollout import Response, make_engine, sample_and_verify, stop_tokens
+from data import BUILTIN_MODEL, InputError
+from policy import check_model
+from run import Run, begin, evaluate, finish
 
 
 @dataclass
@@ -102,6 +99,12 @@ class Config(CommandLine):
         check_model(self.model, self.max_prompt_tokens + self.max_response_tokens, self.trust_remote_code)
         if self.critic_model:
             check_model(self.critic_model, self.max_prompt_tokens, self.trust_remote_code, "--max-prompt-tokens")
+
+    def training_options(self):
+        """What policy and critics are trained with alike."""
+        return {name: getattr(self, name) for name in (
+            "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "checkpoint_activations", "offload",
+            "trust_remote_code")}
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ class SPPO(Baseline):
         super().__init__(run)
         c = run.config
         self.critic = PromptCritic(c.critic_model or c.model, run.device, minibatch=c.minibatch, lr=c.critic_lr,
-                                   **training_options(c))
+                                   **c.training_options())
 
     def advantages(self, batch):
         self.prompts = self.critic.encode(batch.problems)  # as the critic's own tokenizer and template have it
@@ -204,87 +207,6 @@ class SPPO(Baseline):
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Batch:
-    """B responses; the samples of one prompt are adjacent. The same on every rank."""
-    problems: list[Problem]  # [B], a problem repeated for each of its samples
-    prompts: list[list[int]]  # [B] token ids
-    responses: list[Response]  # [B]
-    rewards: torch.Tensor  # [B], 0 or 1
-    greedy_rewards: torch.Tensor | None = None  # [number of prompts], where the baseline wants them
-    old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None where a step needs none
-
-    def __post_init__(self):
-        self.lengths = torch.tensor([len(r.ids) for r in self.responses])
-        self.mask = torch.arange(int(self.lengths.max())) < self.lengths[:, None]  # [B, T]
-        self.rollout_logprobs = torch.zeros(self.mask.shape)  # [B, T], as the engine saw them
-        self.rollout_logprobs[self.mask] = torch.tensor([lp for r in self.responses for lp in r.logprobs])
-        self.sequences = [(p, r.ids) for p, r in zip(self.prompts, self.responses, strict=True)]
-
-
-class Run:
-    """The parts of a training run, put together; and sampling, which the loop, evaluation and baselines share."""
-
-    def __init__(self, config):
-        self.config = c = config
-        c.check()
-        self.tokenizer, self.problems, self.held_out = load_data(c)
-        self.benchmarks = load_benchmarks(c, self.tokenizer)
-        self.device = init_distributed()
-        if dist.get_world_size() % c.tensor_parallel:
-            raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
-        self.clock = Clock(self.device)
-        self.given_up = {"reward/timeouts": 0, "reward/crashes": 0}  # so far
-        self.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
-        check_answers(self, c.dataset)
-        torch.manual_seed(c.seed)
-        if c.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it where there is CUDA
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self.random = random.Random()  # seeded anew for each step, the same on every rank: there is no state to save
-        # The engine goes first: on a GPU it sizes its cache by what is free, and then sleeps until it is needed.
-        self.engine = make_engine(
-            c.engine, c.model, self.device, stop=stop_tokens(c.model, self.tokenizer), dtype=c.dtype, seed=c.seed,
-            max_tokens=c.max_prompt_tokens + c.max_response_tokens, tensor_parallel=c.tensor_parallel,
-            memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
-        self.engine.sleep()
-        self.policy = Policy(c.model, self.device, temperature=c.temperature, lr=c.lr, **training_options(c))
-
-    def sample(self, problems, samples=1, greedy=False, temperature=None, top_p=1.0):
-        """Samples and verifies `samples` responses per problem; the ranks share the work, and all get the whole Batch.
-        With `greedy`, each problem's greedy response is also generated, and its reward kept in `greedy_rewards`."""
-        c, world = self.config, dist.get_world_size()
-        temperature = c.temperature if temperature is None else temperature
-        first_seed = self.random.getrandbits(40)
-        prompts = [render(p.messages, self.tokenizer) for p in problems]
-        # One job per response: (number of the problem, number of the sample); the sample after the last is greedy.
-        jobs = [(i, k) for i in range(len(problems)) for k in range(samples + greedy)]
-        engine_of_this_rank, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
-        mine = [j for j, (i, _) in enumerate(jobs) if i % engines == engine_of_this_rank]
-        done = {}
-        with self.clock("rollout"):
-            for n, response, _, reward in sample_and_verify(
-                    self.engine, self.verifier, self.tokenizer, [prompts[jobs[j][0]] for j in mine],
-                    [problems[jobs[j][0]].answer for j in mine], max_tokens=c.max_response_tokens,
-                    top_p=top_p,
-                    temperature=[temperature if jobs[j][1] < samples else 0.0 for j in mine],
-                    # Seeds of its own for each response cost some speed; ranks that share an engine must agree, though.
-                    seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None):
-                done[mine[n]] = response, reward
-        with self.clock("reward"):
-            parts = [None] * world
-            mine = {j: (response, reward.result()) for j, (response, reward) in done.items()}
-            dist.all_gather_object(parts, (mine, self.verifier.timeouts, self.verifier.crashes))
-            parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
-            self.given_up = {"reward/timeouts": sum(timeouts), "reward/crashes": sum(crashes)}
-            done = {j: result for part in parts for j, result in part.items()}
-        sampled = [j for j, (_, k) in enumerate(jobs) if k < samples]
-        return Batch(
-            problems=[problems[jobs[j][0]] for j in sampled], prompts=[prompts[jobs[j][0]] for j in sampled],
-            responses=[done[j][0] for j in sampled], rewards=torch.tensor([done[j][1] for j in sampled]),
-            greedy_rewards=torch.tensor([done[j][1] for j, (_, k) in enumerate(jobs) if k == samples]))
-
-
 @record  # so that torchrun shows the first error of any rank last
 @clear_errors()
 def train(config, make_baseline):
@@ -294,9 +216,9 @@ def train(config, make_baseline):
     begun, log = begin(run, baseline)
     policy, engine, clock, stop = run.policy, run.engine, run.clock, Stop()
     engine.sync(policy.weights())  # wakes it: from here on it is only asleep while the others train
-    announce(run)
     if not begun:
         evaluate(run, log, 0)
+    stopping = saved = False
     for step in range(begun + 1, config.steps + 1):
         clock.start_step()
         run.random.seed(f"{config.seed}/{step}")
@@ -341,7 +263,7 @@ def train(config, make_baseline):
             saved = checkpoint.save(run, baseline, log, step)
         if stopping:
             break
-    finish(run, log, stopping and not saved)
+    finish(run, log, lost=stopping and not saved)
 
 
 def policy_step(policy, batch, rows, advantages, config):
@@ -369,50 +291,6 @@ def policy_step(policy, batch, rows, advantages, config):
     return {f"policy/{name}": value for name, value in metrics.items()}
 
 
-# ---- before and after -----------------------------------------------------------------------------------------------
-
-def training_options(c):
-    """What policy and critics are trained with alike."""
-    return dict(weight_decay=c.weight_decay, warmup_steps=c.warmup_steps, max_grad_norm=c.max_grad_norm, dtype=c.dtype,
-                micro_batch_tokens=c.micro_batch_tokens, checkpoint_activations=c.checkpoint_activations,
-                offload=c.offload, trust_remote_code=c.trust_remote_code)
-
-
-def load_data(c):
-    """(tokenizer, training problems, held-out problems), without the problems whose prompts are too long."""
-    tokenizer = load_tokenizer(c.model, c.trust_remote_code)
-    readers = [tokenizer] + ([load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else [])
-    problems = load_problems(c.dataset)
-    fitting = [p for p in problems if all(len(render(p.messages, t)) <= c.max_prompt_tokens for t in readers)]
-    if len(fitting) < len(problems):
-        say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts are longer "
-            f"than --max-prompt-tokens {c.max_prompt_tokens}")
-    if not fitting:
-        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {c.max_prompt_tokens}; raise it")
-    return tokenizer, *split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
-
-
-def load_benchmarks(c, tokenizer):
-    benchmarks = {name: load_benchmark(name) for name in c.eval_benchmarks} if c.eval_every else {}
-    for name, problems in benchmarks.items():
-        longest = max(len(render(p.messages, tokenizer)) for p in problems)
-        if longest > c.max_prompt_tokens:
-            raise InputError(f"--eval-benchmarks {name}: has a prompt of {longest} tokens; raise --max-prompt-tokens to that")
-    return benchmarks
-
-
-def check_answers(run, name):
-    """A gold answer that cannot be verified against could never be earned: better said now than never."""
-    problems = run.problems + run.held_out
-    share = problems[dist.get_rank() :: dist.get_world_size()]
-    bad = [None] * dist.get_world_size()
-    dist.all_gather_object(bad, [share[i] for i in run.verifier.unverifiable([p.answer for p in share])])
-    bad = sorted((p for part in bad for p in part), key=lambda p: p.id)
-    if bad:
-        raise InputError(f"{name}, row {bad[0].id + 1}: the answer {bad[0].answer[:100]!r} cannot be parsed, so no response "
-                         f"could be verified against it ({len(bad)} such rows); correct or remove it")
-
-
 def describe(batch):
     """What a batch of responses was like."""
     return {"reward": batch.rewards.mean().item(), "response_tokens": batch.lengths.float().mean().item(),
@@ -421,60 +299,6 @@ def describe(batch):
 
 def mean_of(dicts):
     return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
-
-
-def begin(run, baseline):
-    """(step after which the run goes on, or 0; its Log). Nothing is written into the output folder before this."""
-    locks, logs = [], []  # kept alive by the run and the caller
-    problem = checkpoint.first_problem(lambda: dist.get_rank() or locks.append(checkpoint.lock(run.config.output)))
-    if problem:
-        raise InputError(f"{run.config.output}: {problem}")
-    run.lock = locks
-    begun = checkpoint.resume(run, baseline)
-    if problem := checkpoint.first_problem(lambda: logs.append(Log(run.config, begun))):
-        raise InputError(f"{run.config.output}: cannot be written ({problem})")
-    return begun, logs[0]
-
-
-def announce(run):
-    c = run.config
-    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; engine "
-        f"{run.engine.name}; {dist.get_world_size()} x {run.device.type}; {len(run.problems):,} problems of {c.dataset}, "
-        f"{len(run.held_out)} more held out")
-
-
-def evaluate(run, log, step):
-    """Accuracy on the held-out problems, one sampled response each, and the benchmarks. The clock of training stands."""
-    run.random.seed(f"{run.config.seed}/{step}/evaluation")
-    for name, problems in run.benchmarks.items():
-        batch = run.sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
-        log.add(benchmark_metrics(name, batch, run.tokenizer, run.verifier))
-    if run.held_out:
-        batch = run.sample(run.held_out)
-        log.evaluated(step, batch, run.tokenizer)
-    if step == 0:
-        log.write(0, 0.0)
-
-
-def finish(run, log, unsaved=False):
-    """Saves the model where transformers and vllm find it, and says what happened."""
-    c, folder = run.config, f"{run.config.output}/model"
-    error = f"{c.output}: there was no room for a checkpoint of step {log.step}, where the run was stopped" if unsaved else None
-    if log.step == c.steps:
-        problem = checkpoint.first_problem(log.sync) or checkpoint.first_problem(lambda: run.policy.save(folder))
-        problem = problem or checkpoint.first_problem(lambda: dist.get_rank() or run.tokenizer.save_pretrained(folder))
-        if problem:
-            error = f"{folder}: the trained model could not be saved ({problem})" + (
-                "; make room, and give the same command with --resume, which goes on from the last checkpoint"
-                if checkpoint.existing(c.output) else ", and there is no checkpoint: this training is lost")
-    if not error:
-        log.finish(run.tokenizer, run.clock.total)
-    run.verifier.close()
-    run.engine.close()  # before the process group, which vLLM may end itself
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if error:
-        raise InputError(error)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from data import BUILTIN_MODEL
 from policy import Policy, init_distributed, micro_batches
 from rollout import Response
-from sppo import Batch, Config, policy_step
+from run import Batch
+from sppo import Config, policy_step
 
 output, budget = sys.argv[1], int(sys.argv[2])
 device = init_distributed()

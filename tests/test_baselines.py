@@ -11,8 +11,9 @@ import torch
 from data import InputError, Problem
 from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import gae, tail_effect, value_loss, whiten
+from rollout import Response
+from run import Batch
 from spo import SPO, ValueTracker, normalize
-from sppo import Batch, Response
 
 
 def close(tensor, expected):

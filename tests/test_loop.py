@@ -8,7 +8,8 @@ import torch
 from cli import Clock
 from data import BUILTIN_MODEL, load_problems, load_tokenizer
 from rollout import Response
-from sppo import Baseline, Config, Run
+from run import Run
+from sppo import Baseline, Config
 
 
 def test_every_problem_comes_once_an_epoch_in_a_new_order():

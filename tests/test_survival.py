@@ -108,7 +108,8 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
     (folder / "checkpoints/step-00000002/state.json").unlink()
     foreign = variant(tmp_path / "small")
     config = json.loads((foreign / "config.json").read_text())
-    (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    layers = config["num_hidden_layers"] - 1
+    (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "layer_types": None}))
     for command, sentence in (
             (["ppo.py", *resume[1:]], "is of a run of SPPO, and this is PPO"),
             ([*resume, "--model", foreign, *SETTINGS], "belongs to another model (baseline/critic/parameters/backbone.layers"),
@@ -144,6 +145,10 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     last = metrics(tmp_path / "run")[-1]["step"]
     assert f"Stopped after step {last}, as told. The same command with --resume goes on from the last" in printed
     assert checkpoints(tmp_path / "run") == [f"step-{last:08d}"]
+    if number == signal.SIGTERM:  # nothing is left to train: the model is saved
+        done = run("sppo.py", *SMALL, "--steps", last, "--save-every", "0", "--output", tmp_path / "run", "--resume")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run/model/model.safetensors").exists() and metrics(tmp_path / "run")[-1]["step"] == last
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
