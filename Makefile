@@ -10,7 +10,7 @@ demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
 
 test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 

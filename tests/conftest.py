@@ -1,7 +1,11 @@
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -11,15 +15,49 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make or ship what they need
+os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or each vLLM compiles, for seconds, a line that counts logits
+
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload([  # what cannot be imported is passed over
+    "eval", "grpo", "ppo", "spo", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"])
 
 
 def run(*arguments, ranks=0, timeout=600):
     """Runs a command as a user would: `python ...`, or `torchrun --nproc-per-node ranks ...`."""
-    command = [sys.executable]
-    if ranks:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=timeout)
+    arguments = [str(argument) for argument in arguments]
+    if not ranks:
+        return forked(arguments, timeout)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def forked(arguments, timeout):
+    """`python ARGUMENTS`, in a process forked from one that has imported everything: imports are most of a short run."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = forks.Process(target=become, args=(arguments, environment(), [str(file) for file in files]))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        return types.SimpleNamespace(args=arguments, returncode=process.exitcode,
+                                     **{file.name: file.read_text() if file.exists() else "" for file in files})
+
+
+def become(arguments, variables, outputs):
+    os.setsid()
+    for number, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def environment():

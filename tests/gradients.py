@@ -1,4 +1,5 @@
-"""Run under torchrun by test_policy.py: writes loss, metrics and gradients of one mini-batch, for a micro-batch budget."""
+"""Run by test_policy.py, also under torchrun: writes loss, metrics and gradients of one mini-batch, for each of some
+micro-batch budgets. With a budget of 150, advantages are per token."""
 import random
 import sys
 
@@ -11,29 +12,31 @@ from rollout import Response
 from run import Batch
 from sppo import Config, policy_step
 
-output, budget = sys.argv[1], int(sys.argv[2])
+output, budgets = sys.argv[1], [int(budget) for budget in sys.argv[2:]]
 device = init_distributed()
-rng = random.Random(0)
-policy = Policy(BUILTIN_MODEL, device, temperature=0.7, lr=1e-3, dtype="float32", micro_batch_tokens=budget,
-                checkpoint_activations=budget == 100)
 # Five long responses, each a micro-batch of its own, and some short ones: two ranks get different numbers of them.
 lengths = [90, 1, 85, 9, 80, 3, 75, 14, 70, 7, 2]
-prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 12))] for _ in lengths]
-responses = [Response([rng.randrange(256) for _ in range(n)], [-rng.random() for _ in range(n)], True) for n in lengths]
-batch = Batch([None] * len(lengths), prompts, responses, torch.zeros(len(lengths)))
-generator = torch.Generator().manual_seed(0)
-batch.old_logprobs = policy.logprobs(batch.sequences) + 0.3 * torch.randn(batch.mask.shape, generator=generator)
-advantages = torch.randn(batch.mask.shape if budget == 150 else len(lengths), generator=generator)
+results = {}
+for budget in budgets:
+    rng = random.Random(0)
+    policy = Policy(BUILTIN_MODEL, device, temperature=0.7, lr=1e-3, dtype="float32", micro_batch_tokens=budget,
+                    checkpoint_activations=budget == 100)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 12))] for _ in lengths]
+    responses = [Response([rng.randrange(256) for _ in range(n)], [-rng.random() for _ in range(n)], True) for n in lengths]
+    batch = Batch([None] * len(lengths), prompts, responses, torch.zeros(len(lengths)))
+    generator = torch.Generator().manual_seed(0)
+    batch.old_logprobs = policy.logprobs(batch.sequences) + 0.3 * torch.randn(batch.mask.shape, generator=generator)
+    advantages = torch.randn(batch.mask.shape if budget == 150 else len(lengths), generator=generator)
 
-gradients = {}
-policy.optimizer.step = lambda: gradients.update(
-    (name, p.grad.full_tensor()) for name, p in policy.module.named_parameters())
-policy.max_grad_norm = 1e9
-metrics = policy_step(policy, batch, slice(0, len(lengths)), advantages, Config())
-mine = torch.tensor([sum(map(bool, micro_batches([len(p) + len(r) for p, r in batch.sequences], budget)))])
-counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-dist.all_gather(counts, mine)
+    gradients = {}
+    policy.optimizer.step = lambda policy=policy, gradients=gradients: gradients.update(
+        (name, p.grad.full_tensor()) for name, p in policy.module.named_parameters())
+    policy.max_grad_norm = 1e9
+    metrics = policy_step(policy, batch, slice(0, len(lengths)), advantages, Config())
+    mine = torch.tensor([sum(map(bool, micro_batches([len(p) + len(r) for p, r in batch.sequences], budget)))])
+    counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, mine)
+    results[budget] = {"metrics": metrics, "gradients": gradients, "micro_batches": [int(c) for c in counts]}
 if dist.get_rank() == 0:
-    torch.save({"metrics": metrics, "gradients": gradients, "logprobs": batch.old_logprobs,
-                "micro_batches": [int(c) for c in counts]}, output)
+    torch.save(results, output)
 dist.destroy_process_group()

@@ -43,16 +43,17 @@ def partial():
     return []
 
 
-rng = random.Random(0)
+rng, until_first_save = random.Random(0), None
 report = {"kills": 0, "while saving": 0, "steps": []}
 while report["kills"] < kills:
     begun, child = time.time(), start()
     if report["kills"] % 4 == 0:  # every fourth in the midst of a save
         while alive(child) and not any(changed > begun for changed in partial()):
             time.sleep(0.0005)
+        until_first_save = until_first_save or time.time() - begun  # machines differ
         time.sleep(rng.uniform(0, 0.02))
     else:
-        time.sleep(rng.uniform(0.5, 4.5))
+        time.sleep(rng.uniform(0.3, 2.0) * until_first_save)
     if not alive(child):
         sys.exit(f"the run ended by itself: {report}")
     os.kill(child, signal.SIGKILL)

@@ -6,7 +6,10 @@ import pytest
 from conftest import run
 
 
-@pytest.fixture(scope="module", params=["vllm", "transformers"])
+pytestmark = pytest.mark.xdist_group("rollout")  # of tests that share a session's fixture, on one worker
+
+
+@pytest.fixture(scope="session", params=["vllm", "transformers"])
 def report(request):
     if not importlib.util.find_spec(request.param):
         pytest.skip(f"{request.param} is not installed")

@@ -66,7 +66,7 @@ def test_five_steps_a_kill_and_five_more_equal_ten(tmp_path, command):
     assert seconds == sorted(seconds)  # the clock went on, too
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_checkpoints(tmp_path_factory):
     """A run of sppo.py on two ranks that was saved after steps 1 and 2."""
     folder = tmp_path_factory.mktemp("run") / "run"
@@ -75,6 +75,7 @@ def two_checkpoints(tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("checkpoints")
 def test_on_another_number_of_ranks(two_checkpoints, tmp_path):
     lines = []
     for ranks in (1, 2):
@@ -91,6 +92,7 @@ def test_on_another_number_of_ranks(two_checkpoints, tmp_path):
         assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.xdist_group("checkpoints")
 def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkpoints, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
@@ -127,7 +129,7 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
 # ---- told to stop ---------------------------------------------------------------------------------------------------
 
 def started(*arguments):
-    """A run that has finished its first step."""
+    """A run that has printed the line of its first step."""
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
@@ -153,14 +155,23 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     """But not if it comes with the first, as schedulers send them. Meanwhile nobody else may write into the folder."""
-    process = started("sppo.py", *SMALL, "--steps", "1000", "--prompts-per-step", "512", "--minibatch", "8",
-                      "--dataset", "chain", "--output", tmp_path / "run")
+    (tmp_path / "slow.py").write_text("""
+import time
+from sppo import Baseline, Config, train
+class Slow(Baseline):
+    def advantages(self, batch):
+        print("step 1/ takes long", flush=True)
+        time.sleep(600)
+train(Config.parse(""), Slow)
+""")
+    process = started(tmp_path / "slow.py", *SMALL, "--output", tmp_path / "run")
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     other = run("sppo.py", *SMALL, "--output", tmp_path / "run", timeout=60)
     assert other.returncode == 2 and "another run is writing into" in other.stderr
     assert process.poll() is None
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
     process.communicate()

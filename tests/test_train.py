@@ -16,7 +16,7 @@ QUICK = ["--steps", "2", "--prompts-per-step", "16", "--minibatch", "8", "--eval
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
     done = run("sppo.py", "--steps", "30", "--output", output)
@@ -24,6 +24,7 @@ def demo(tmp_path_factory):
     return done.stdout, output
 
 
+@pytest.mark.xdist_group("demo")
 def test_the_demo_learns(demo):
     printed, output = demo
     lines = metrics(output)
@@ -40,6 +41,7 @@ def test_the_demo_learns(demo):
     assert sum(late) / len(late) > 0.53
 
 
+@pytest.mark.xdist_group("demo")
 def test_what_the_demo_says(demo):
     printed, output = demo
     steps = [line for line in printed.splitlines() if re.match(r"step +\d+/\d+ ", line)]
@@ -52,6 +54,7 @@ def test_what_the_demo_says(demo):
     assert f"{output}/model" in printed.replace("\n", "")
 
 
+@pytest.mark.xdist_group("demo")
 @needs_vllm
 def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
     """transformers and vLLM load it, and it is as good as it was."""
@@ -62,14 +65,15 @@ def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
     assert metrics(tmp_path)[0]["eval_accuracy"] > 0.65
 
 
+@pytest.mark.xdist_group("demo")
 def test_two_ranks_learn_like_one(demo, tmp_path):
-    done = run("sppo.py", "--steps", "20", "--output", tmp_path, ranks=2)
+    done = run("sppo.py", "--steps", "10", "--output", tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
-    one, two = ([m["eval_accuracy"] for m in metrics(folder)[:21] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
+    one, two = ([m["eval_accuracy"] for m in metrics(folder)[:11] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
     print(f"\naccuracy by 5 steps on 1 rank {one}, on 2 ranks {two}")
-    assert len(one) == len(two) == 5
+    assert len(one) == len(two) == 3
     assert two[0] < 0.6 and two[-1] >= 0.75
-    assert abs(sum(one[1:]) - sum(two[1:])) / 4 < 0.1
+    assert abs(sum(one[1:]) - sum(two[1:])) / 2 < 0.1
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
     assert done.stdout.count("step  1/") == 1  # one rank speaks
 
@@ -77,7 +81,8 @@ def test_two_ranks_learn_like_one(demo, tmp_path):
 def test_the_fallback_engine_runs_the_same_loop(tmp_path):
     """With what is for larger models switched on: a critic of its own, bfloat16, checkpointing, offload, warm-up."""
     done = run("sppo.py", *QUICK, "--engine", "transformers", "--output", tmp_path, "--critic-model", BUILTIN_MODEL,
-               "--dtype", "bfloat16", "--checkpoint-activations", "--offload", "--warmup-steps", "3")
+               "--dtype", "bfloat16", "--checkpoint-activations", "--offload", "--warmup-steps", "3",
+               "--max-response-tokens", "24", "--eval-every", "0")
     assert done.returncode == 0, done.stderr
     assert "engine transformers" in done.stdout
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 0.1  # bfloat16
