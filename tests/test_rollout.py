@@ -5,7 +5,6 @@ import json
 import pytest
 from conftest import run
 
-
 pytestmark = pytest.mark.xdist_group("rollout")  # of tests that share a session's fixture, on one worker
 
 
