@@ -38,6 +38,7 @@ MAX_FILE_BYTES = 8 << 30  # of all ranks together
 def state_of(run, baseline):
     """Everything that the next step depends on. (Problems and seeds of a step are drawn from its number.)"""
     return {"algorithm": type(baseline).__name__, "policy": run.policy.state_dict(), "baseline": baseline.state_dict(),
+            "in_flight": run.in_flight.state_dict(),
             "seconds": run.clock.total, "given_up": list(run.given_up.values()), "options": dataclasses.asdict(run.config)}
 
 
@@ -129,6 +130,7 @@ def resume(run, baseline):
     state = _unflatten({**meta["values"], **tensors})
     run.policy.load_state_dict(state["policy"])
     baseline.load_state_dict(state.get("baseline", {}))
+    run.in_flight.load_state_dict(state["in_flight"])
     run.clock.total = state["seconds"]
     if is_main():  # the others count from 0; only sums are reported
         run.verifier.timeouts, run.verifier.crashes = state["given_up"]

@@ -35,6 +35,9 @@ class Config(sppo.Config):
         super().check()
         if self.baseline != "remax" and self.group_size < 2:
             raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; give 2 or more")
+        if self.oversample:
+            raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a prompt and must "
+                             "wait for all of them; leave the option out")
         if self.critic_model:
             raise InputError(f"--critic-model {self.critic_model}: {self.baseline} has no critic; leave the option out")
 

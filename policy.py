@@ -7,6 +7,8 @@ Three ideas carry this file:
 2. The loss divides by token counts of the *whole* mini-batch, so neither the cut nor the number of ranks changes it.
 3. Log-probabilities of a 152k vocabulary are computed in chunks, and again in the backward: never all logits at once.
 """
+import contextlib
+import ctypes
 import glob
 import math
 import os
@@ -19,12 +21,16 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from data import InputError, load_tokenizer
 
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Diverged(Exception):
@@ -41,6 +47,9 @@ def init_distributed() -> torch.device:
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     device, backend = torch.device("cpu"), "cpu:gloo"
+    with contextlib.suppress(AttributeError, OSError):  # glibc's: do not give large tensors' memory back and fault it in again
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -141,6 +150,32 @@ class ChunkedLogProbs(torch.autograd.Function):
             grad_hidden[chunk] = d_logits @ weight
             grad_weight.addmm_(d_logits.T, hidden[chunk])  # rounds to the weight's type once a chunk
         return grad_hidden, grad_weight, None, None
+
+
+def causal_attention(module, query, key, value, attention_mask, scaling, **_):
+    """PyTorch's fused causal attention; but on a CPU its backward is slow in bfloat16, and short sequences afford their
+    scores. query [b, heads, L, d], key and value [b, key-value heads, L, d] -> [b, L, heads, d], None."""
+    b, heads, length, size = query.shape
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or length > 1024:
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+    shared = heads // key.shape[1]  # neighbouring heads that have one key and value: their queries are rows of one product
+    rows = (query * scaling).reshape(-1, shared * length, size)
+    future = query.new_full((length, length), -math.inf).triu(1).repeat(shared, 1)
+    scores = torch.baddbmm(future, rows, key.reshape(-1, length, size).transpose(1, 2))
+    out = scores.softmax(-1) @ value.reshape(-1, length, size)
+    return out.view(b, heads, length, size).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("causal", causal_attention)
+AttentionMaskInterface.register("causal", lambda *_, **__: None)
+
+
+def attention_of(model, trust_remote_code):
+    """The attention for `from_pretrained`: `causal_attention`, unless some layers only see a window of the past."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sdpa" if windowed or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} else "causal"
 
 
 class LogProbModel(nn.Module):
@@ -278,7 +313,8 @@ class Policy(Trained):
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
         lm = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", attn_implementation="sdpa", trust_remote_code=trust_remote_code, use_safetensors=True)
+            model, dtype="auto", attn_implementation=attention_of(model, trust_remote_code),
+            trust_remote_code=trust_remote_code, use_safetensors=True)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "

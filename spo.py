@@ -102,12 +102,12 @@ class SPO(Baseline):
         self.tracker = ValueTracker(1 + max(p.id for p in run.problems + run.held_out))
         self.last = {}  # id -> (ids, log-probabilities) of its last response, six bytes a token
 
-    def next_problems(self, step, count):
-        if step == 1 and self.run.config.init_samples:
+    def next_problems(self, drawn, count):
+        if drawn == 0 and self.run.config.init_samples:
             self.start()
         weights = self.tracker.sampling_weights()[self.ids]
-        # Drawn again each step from the seed and the step: the same on every rank, and after a restart.
-        rng = np.random.default_rng(random.Random(f"{self.run.config.seed}/{step}").getrandbits(64))
+        # From the seed and how many were drawn before: the same on every rank, and after a restart.
+        rng = np.random.default_rng(random.Random(f"{self.run.config.seed}/{drawn}").getrandbits(64))
         chosen = rng.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum())
         return [self.run.problems[i] for i in chosen]
 
@@ -143,10 +143,12 @@ class SPO(Baseline):
         return distance
 
     def advantages(self, batch):
-        if batch.old_logprobs is None:  # the trainer's, not the engine's: their difference is not the policy's movement
-            batch.old_logprobs = self.run.policy.logprobs(batch.sequences)
+        logprobs = batch.old_logprobs
+        if logprobs is None or self.run.config.old_logprobs == "rollout":
+            # The trainer's, not the engine's: their difference is not the policy's movement.
+            logprobs = self.run.policy.logprobs(batch.sequences)
         self.distance = self.moved(batch)
-        self.remember(batch.problems, batch.sequences, batch.old_logprobs)
+        self.remember(batch.problems, batch.sequences, logprobs)
         self.values = torch.tensor(self.tracker.values([p.id for p in batch.problems]), dtype=torch.float32)
         return normalize(batch.rewards - self.values)
 

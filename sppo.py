@@ -31,7 +31,7 @@ import checkpoint
 from critic import PromptCritic, calibration
 from data import BUILTIN_MODEL, InputError
 from policy import check_model
-from run import Run, begin, evaluate, finish
+from run import Run, begin, evaluate, finish, next_batch
 
 
 @dataclass
@@ -61,6 +61,9 @@ class Config(CommandLine):
     eval_problems: int = option(256, "problems held out of the dataset, a fifth of it at most")
     eval_benchmarks: tuple[str, ...] = option((), "benchmarks of eval.py, by name or file, that evaluations sample as well")
     eval_samples: int = option(1, "responses per problem of a benchmark")
+    old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: computed, or as the engine said, for nothing")
+    oversample: float = option(0.0, "prompts in flight beyond a step's, as a share; the first to finish are trained on")
+    max_staleness: int = option(8, "steps after which a response that --oversample carries on is waited for")
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "what samples; auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine")
     vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples")
@@ -93,6 +96,9 @@ class Config(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step {self.prompts_per_step}; "
                              "choose a divisor, or the same number for one optimiser step a rollout")
+        if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
+            raise InputError(f"--oversample {self.oversample}: must be 0 or more, and needs --old-logprobs rollout, since one "
+                             "response may come from several policies")
         if not self.resume and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of an earlier run; go on from them with --resume, give another "
                              "--output, or delete it")
@@ -157,10 +163,11 @@ class Baseline:
     def __init__(self, run):
         self.run = run
 
-    def next_problems(self, step, count):
-        """The problems of a step (from 1). By default every problem once an epoch, in an order drawn anew each time."""
+    def next_problems(self, drawn, count):
+        """`count` problems, of a run that has drawn `drawn` before. By default every problem once an epoch, in an order
+        of its own each time."""
         problems = self.run.problems
-        places = [divmod(i, len(problems)) for i in range((step - 1) * count, step * count)]
+        places = [divmod(i, len(problems)) for i in range(drawn, drawn + count)]
         orders = {epoch: random.Random(f"{self.run.config.seed}/{epoch}").sample(problems, len(problems))
                   for epoch in {epoch for epoch, _ in places}}
         return [orders[epoch][i] for epoch, i in places]
@@ -223,14 +230,15 @@ def train(config, make_baseline):
         clock.start_step()
         run.random.seed(f"{config.seed}/{step}")
         # 1. Sample responses from the current policy, and verify them.
-        problems = baseline.next_problems(step, config.prompts_per_step)
-        batch = run.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy)
+        batch, sampled = next_batch(run, baseline, step)
         engine.sleep()
 
         # 2. pi_old. With a single mini-batch the policy has not moved when its gradient is taken: none is needed.
         size = config.minibatch * baseline.samples_per_prompt
         with clock("logprobs"):
-            if size < len(batch.responses):
+            if config.old_logprobs == "rollout":
+                batch.old_logprobs = batch.rollout_logprobs
+            elif size < len(batch.responses):
                 batch.old_logprobs = policy.logprobs(batch.sequences)
 
         # 3. The advantage: the reward less the baseline.
@@ -252,7 +260,7 @@ def train(config, make_baseline):
             engine.sync(policy.weights())
         clock.end_step()
 
-        log.add(describe(batch), run.given_up, mean_of(updates), learned, clock.step_times())
+        log.add(describe(batch), sampled, run.given_up, mean_of(updates), learned, clock.step_times())
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             evaluate(run, log, step)
         log.write(step, clock.total)
@@ -284,7 +292,8 @@ def policy_step(policy, batch, rows, advantages, config):
             here(mask), clip_low=config.clip_low, clip_high=config.clip_high, num_tokens=num_tokens)
         metrics["entropy"] = (entropy * here(mask)).sum() / num_tokens
         # What the engine thought of its samples and what the trainer thinks: 0 but for rounding, or a bug.
-        metrics["rollout_gap"] = ((before - here(rollout)).abs() * here(mask)).sum() / num_tokens
+        ours = logprobs.detach() if config.old_logprobs == "rollout" else before
+        metrics["rollout_gap"] = ((ours - here(rollout)).abs() * here(mask)).sum() / num_tokens
         return loss, {"loss": loss.detach(), **metrics}
 
     metrics = policy.optimize([len(p) + len(r) for p, r in sequences], loss_of)

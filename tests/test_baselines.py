@@ -187,11 +187,11 @@ def test_spo_draws_uncertain_problems_more_often_and_the_same_ones_on_every_rank
     spo, other = spo_with(problems), spo_with(problems)
     for tracker in (spo.tracker, other.tracker):
         tracker.alpha[100:200], tracker.beta[100:200] = 1e-6, 8.0  # never solved: weight 0.05 against 0.55
-    drawn = [p.id for step in range(2, 102) for p in spo.next_problems(step, 20)]
+    drawn = [p.id for step in range(1, 101) for p in spo.next_problems(20 * step, 20)]
     assert 0.04 < np.mean([i < 200 for i in drawn]) < 0.14
     assert all(len(set(drawn[i : i + 20])) == 20 for i in range(0, len(drawn), 20))  # no problem twice in a step
-    assert [p.id for p in other.next_problems(5, 20)] == drawn[60:80]
-    assert len(spo.next_problems(2, 500)) == 500  # more than there are
+    assert [p.id for p in other.next_problems(80, 20)] == drawn[60:80]
+    assert len(spo.next_problems(20, 500)) == 500  # more than there are
 
 
 def test_spo_survives_a_checkpoint(tmp_path):
@@ -207,7 +207,7 @@ def test_spo_survives_a_checkpoint(tmp_path):
         baseline.run.policy.moved = 0.02
     assert torch.equal(spo.advantages(batch), resumed.advantages(batch))
     assert spo.distance.tolist() == resumed.distance.tolist() and spo.distance.max() > 0
-    assert [p.id for p in spo.next_problems(3, 4)] == [p.id for p in resumed.next_problems(3, 4)]
+    assert [p.id for p in spo.next_problems(12, 4)] == [p.id for p in resumed.next_problems(12, 4)]
     with pytest.raises(InputError, match="tracks 6 problems and the dataset has 3"):
         spo_with(problems[:3]).load_state_dict(spo.state_dict())
 
@@ -219,7 +219,7 @@ def test_the_tracker_is_no_slower_with_a_hundred_thousand_prompts():
         rng, spent = np.random.default_rng(0), []
         for step in range(2, 12):
             start = time.perf_counter()
-            ids = [p.id for p in spo.next_problems(step, 1024)]
+            ids = [p.id for p in spo.next_problems(1024 * step, 1024)]
             spo.tracker.values(ids)
             spo.tracker.update(ids, rng.integers(0, 2, 1024).tolist(), rng.random(1024) * 0.02)
             spent.append(1000 * (time.perf_counter() - start))

@@ -3,10 +3,12 @@ import random
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from cli import Clock
-from data import BUILTIN_MODEL, load_problems, load_tokenizer
+from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer
+from inflight import InFlight
 from rollout import Response
 from run import Run
 from sppo import Baseline, Config
@@ -14,11 +16,11 @@ from sppo import Baseline, Config
 
 def test_every_problem_comes_once_an_epoch_in_a_new_order():
     baseline = Baseline(SimpleNamespace(problems=list(range(10)), config=SimpleNamespace(seed=3)))
-    drawn = [problem for step in range(1, 6) for problem in baseline.next_problems(step, 4)]
+    drawn = [problem for step in range(5) for problem in baseline.next_problems(4 * step, 4)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
-    assert baseline.next_problems(2, 4) == drawn[4:8]
-    assert sorted(baseline.next_problems(1, 30)) == sorted(list(range(10)) * 3)  # more than an epoch at once
+    assert baseline.next_problems(4, 4) == drawn[4:8]
+    assert sorted(baseline.next_problems(0, 30)) == sorted(list(range(10)) * 3)  # more than an epoch at once
 
 
 def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
@@ -29,7 +31,7 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
     problems = load_problems("chain", size=6)
     asked = []
 
-    def generate(prompts, *, temperature, max_tokens, top_p, seeds):
+    def generate(prompts, *, temperature, max_tokens, top_p, seeds, begun, until):
         asked.append((prompts, temperature))
         order = list(range(len(prompts)))
         random.Random(1).shuffle(order)
@@ -54,3 +56,71 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
     assert batch.greedy_rewards.tolist() == [float(finished[i]) for i in range(3, 24, 4)]  # cut off: no answer, no reward
     assert batch.mask.sum() == batch.lengths.sum() == sum(len(r.ids) for r in batch.responses)
     assert torch.equal(batch.rollout_logprobs, -batch.mask.float())
+
+
+class FakeRun:
+    """A step of its engine writes one token of every response: its problem's id, with the policy's number as its
+    log-probability. A response is as long as its answer says."""
+
+    def __init__(self, lengths, **options):
+        self.config = Config(prompts_per_step=4, steps=10, old_logprobs="rollout", **options)
+        self.tokenizer = load_tokenizer(BUILTIN_MODEL)
+        self.problems = [Problem(i, ({"role": "user", "content": str(i)},), str(n)) for i, n in enumerate(lengths)]
+        self.in_flight, self.policy, self.baseline = InFlight(self), 0, Baseline(self)
+
+    def generate(self, prompts, answers, temperatures, begun, until):
+        done, enough = {}, until(list(range(len(prompts))), 0, 1)
+        responses = [Response([*b.ids], [*b.logprobs], False) for b in begun]
+        while not enough():
+            for i, r in enumerate(responses):
+                if i not in done:
+                    r.ids.append(int(answers[i]))
+                    r.logprobs.append(-self.policy)
+                    if len(r.ids) == int(answers[i]):
+                        done[i] = Response(r.ids, r.logprobs, True), 1.0
+                        if enough(i):
+                            break
+        return {**{i: (r, None) for i, r in enumerate(responses)}, **done}
+
+    def steps(self, first, last):
+        taken = []
+        for self.policy in range(first, last + 1):
+            taken.append(self.in_flight.take(self.baseline, self.policy))
+        return taken
+
+
+def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
+    lengths = random.Random(0).choices([1, 2, 3, 40], k=40)
+    for oversample, staleness in ((1.0, 100), (3.0, 2), (0.5, 1)):
+        run = FakeRun(lengths, oversample=oversample, max_staleness=staleness)
+        steps = run.steps(1, 10)
+        assert all(len(taken) == 4 for taken, _ in steps) and not run.in_flight.started
+        taken = [s for taken, _ in steps for s in taken]
+        assert sorted(len(s.response.ids) for s in taken) == sorted(lengths)  # no bias: those generated, each once
+        assert {s.problem.id for s in taken} == set(range(40))
+        for s in taken:
+            assert s.response.finished and s.response.ids == [int(s.problem.answer)] * len(s.response.ids)
+        ages = [step - s.step for step, (taken, _) in enumerate(steps, 1) for s in taken]
+        assert max(ages) <= staleness + oversample  # waited for in time, and then perhaps in turn
+        assert staleness == 100 or sum(m["rollout/overdue"] for _, m in steps) > 0
+        assert sum(m["rollout/generated_tokens"] for _, m in steps) == sum(lengths)
+        if staleness == 100:  # each token keeps the log-probability of the policy that chose it
+            slowest = max(taken, key=lambda s: len(set(s.response.logprobs)))
+            assert len(set(slowest.response.logprobs)) > 3
+            assert slowest.response.logprobs == sorted(slowest.response.logprobs, reverse=True)
+            first, last = ([len(s.response.ids) for s in steps[i][0]] for i in (0, -1))
+            assert sum(first) < sum(last)  # the quickest came first
+
+
+def test_what_is_in_flight_survives_a_checkpoint():
+    lengths = random.Random(1).choices([1, 2, 3, 40], k=40)
+    run, resumed = (FakeRun(lengths, oversample=2.0, max_staleness=4) for _ in range(2))
+    run.steps(1, 4)
+    assert any(s.reward is None and s.response.ids for s in run.in_flight.started)
+    resumed.in_flight.load_state_dict(run.in_flight.state_dict())
+    assert resumed.steps(5, 10) == run.steps(5, 10)
+    resumed.problems = resumed.problems[:3]
+    run = FakeRun(lengths, oversample=2.0)
+    run.steps(1, 2)
+    with pytest.raises(InputError, match="which the dataset lacks"):
+        resumed.in_flight.load_state_dict(run.in_flight.state_dict())

@@ -55,6 +55,26 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(gradients, p
             assert difference < 1e-5, (name, difference)
 
 
+@pytest.mark.parametrize("heads, shared", [(4, 1), (6, 3)])
+def test_attention_on_a_cpu_is_pytorchs(heads, shared):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 37, 16, dtype=torch.bfloat16, requires_grad=True) for n in (heads, *[heads // shared] * 2))
+    ours, _ = policy.causal_attention(None, q, k, v, None, scaling=0.3)
+    in_full = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    theirs, _ = policy.causal_attention(None, *in_full, None, scaling=0.3)
+    naive = torch.zeros(2, 37, heads, 16)
+    for head in range(heads):
+        for t in range(37):
+            weights = (0.3 * (in_full[1][:, head // shared, : t + 1] @ in_full[0][:, head, t, :, None]))[..., 0].softmax(-1)
+            naive[:, t, head] = (weights[..., None] * in_full[2][:, head // shared, : t + 1]).sum(1)
+    assert torch.allclose(theirs, naive, atol=1e-5) and torch.allclose(ours.float(), naive, atol=0.03)
+    direction = torch.randn_like(theirs)
+    (ours * direction.bfloat16()).sum().backward()
+    (naive * direction).sum().backward()
+    for x, y in zip((q, k, v), in_full, strict=True):
+        assert (x.grad - y.grad).norm() / y.grad.norm() < 0.02
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors made within it held at once. Not the process's memory, which depends on its allocator."""
 

@@ -88,6 +88,19 @@ def test_the_fallback_engine_runs_the_same_loop(tmp_path):
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 0.1  # bfloat16
 
 
+def test_oversampling_on_two_ranks(tmp_path):
+    """Twice as many prompts in flight as a step trains on; whatever was started is trained on in the end."""
+    done = run("sppo.py", *QUICK, "--steps", "4", "--oversample", "1", "--old-logprobs", "rollout", "--output", tmp_path,
+               ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path)[1:]
+    assert lines[0]["rollout/in_flight"] == 16 and lines[-1]["rollout/in_flight"] == 0
+    assert max(m["rollout/age"] for m in lines) > 0
+    trained = sum(16 * m["response_tokens"] for m in lines)
+    assert trained == sum(m["rollout/generated_tokens"] for m in lines)
+    assert all(m["policy/kl"] < 0.1 for m in lines)  # pi_old is that of each token, not of another
+
+
 def test_the_same_command_gives_the_same_numbers(tmp_path):
     runs = []
     for name in ("a", "b"):
@@ -127,6 +140,7 @@ def broken_model(folder, **changes):
     ("prompts", "every prompt is longer than --max-prompt-tokens"),
     ("gold", "row 2: the answer '\\\\frac{' cannot be parsed"),
     ("absent", "no such file"),
+    ("oversample", "--oversample 1.0: must be 0 or more, and needs --old-logprobs rollout"),
     ("temperature", "--temperature 0.0: must be greater than 0"),
     ("parallel", "--tensor-parallel 2 does not divide the 1 ranks"),
     ("steps", "argument --steps: invalid int value")])
@@ -139,7 +153,8 @@ def test_bad_input_is_one_clear_sentence(tmp_path, case, message, capsys):
         "context": ["--max-response-tokens", "5000"], "empty": ["--dataset", tmp_path / "empty.jsonl"],
         "prompts": ["--max-prompt-tokens", "5"], "gold": ["--dataset", tmp_path / "gold.jsonl"],
         "absent": ["--dataset", tmp_path / "absent.jsonl"], "steps": ["--steps", "many"],
-        "temperature": ["--temperature", "0"], "parallel": ["--tensor-parallel", "2"]}[case]
+        "temperature": ["--temperature", "0"], "oversample": ["--oversample", "1"],
+        "parallel": ["--tensor-parallel", "2"]}[case]
     if case in ("gold", "parallel"):  # seen only when the process group exists, of which a process has one
         done = run("sppo.py", *arguments, "--output", tmp_path / "out", timeout=60)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
