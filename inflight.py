@@ -2,14 +2,16 @@
 
 A step trains on B responses. To wait for B that were started together means to wait for the longest, while an engine
 that could write hundreds writes a few. So keep more than B in flight, train on the first B that finish, and carry the
-others on: in the next step they are continued as longer prompts, by a newer policy. Three things keep this honest.
+others on: in the next step they are continued as longer prompts, by a newer policy. Four things keep this honest.
 
 1. The ratio. Tokens of one response may come from several policies. Each keeps the log-probability that it was sampled
    with, and the clipped loss compares with that.
 2. Length. The first to finish are the short ones. But nothing that was started is dropped: it is trained on once, some
    steps later, and towards the end of a run nothing is started that could not be. Over a run, the responses trained
    on are exactly those that were generated.
-3. Age. What was started `--max-staleness` steps ago is waited for. (To drop it would bring the bias back.) The engine
+3. The baseline. A reward is compared with what was expected when its response was started. While the policy improves, so
+   does what is expected; with today's expectation, all that took long would seem worse than it was, and be unlearned.
+4. Age. What was started `--max-staleness` steps ago is waited for. (To drop it would bring the bias back.) The engine
    has enough to do meanwhile: what else finishes is there for the next step.
 
 Only for algorithms with one sample per prompt; one that compares the samples of a group must wait for all of them.
@@ -27,6 +29,7 @@ from rollout import Response
 class Started:
     problem: Problem
     step: int  # in which it was started
+    expected: float | None  # of its reward, by the baseline, at that time
     response: Response  # as far as it got
     reward: float | None = None  # once it has finished
 
@@ -43,8 +46,11 @@ class InFlight:
         before = (step - 1) * count  # were trained on
         room = min(math.ceil(count * (1 + c.oversample)), c.steps * count - before) - len(self.started)
         if room > 0:
-            self.started += [Started(problem, step, Response([], [], False))
-                             for problem in baseline.next_problems(before + len(self.started), room)]
+            problems = baseline.next_problems(before + len(self.started), room)
+            with run.clock("critic"):
+                expected = baseline.expect(problems)
+            self.started += [Started(problem, step, value, Response([], [], False))
+                             for problem, value in zip(problems, expected, strict=True)]
         open_ = [s for s in self.started if s.reward is None]
         overdue = {i for i, s in enumerate(open_) if step - s.step >= c.max_staleness}
         needed = count - (len(self.started) - len(open_))
@@ -76,9 +82,9 @@ class InFlight:
 
     def state_dict(self):
         """Flat tensors: token ids and log-probabilities of all, and a row of numbers for each."""
-        rows = [(s.problem.id, s.step, len(s.response.ids), s.response.finished, -1 if s.reward is None else s.reward)
-                for s in self.started]
-        return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, 5),
+        rows = [(s.problem.id, s.step, math.nan if s.expected is None else s.expected, len(s.response.ids),
+                 s.response.finished, math.nan if s.reward is None else s.reward) for s in self.started]
+        return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, 6),
                 "ids": torch.tensor([token for s in self.started for token in s.response.ids], dtype=torch.int32),
                 "logprobs": torch.tensor([lp for s in self.started for lp in s.response.logprobs], dtype=torch.float64)}
 
@@ -87,9 +93,9 @@ class InFlight:
         if missing := [int(row[0]) for row in state["rows"] if int(row[0]) not in problems]:
             raise InputError(f"the checkpoint has a response in flight to problem {missing[0]}, which the dataset lacks; "
                              "continue with the dataset that the run began with")
-        lengths = [int(row[2]) for row in state["rows"]]
+        lengths = [int(row[3]) for row in state["rows"]]
         self.started = [
-            Started(problems[int(problem)], int(step), Response(ids.tolist(), logprobs.tolist(), bool(finished)),
-                    None if reward < 0 else reward)
-            for (problem, step, _, finished, reward), ids, logprobs in zip(
+            Started(problems[int(problem)], int(step), None if math.isnan(expected) else expected,
+                    Response(ids.tolist(), logprobs.tolist(), bool(finished)), None if math.isnan(reward) else reward)
+            for (problem, step, expected, _, finished, reward), ids, logprobs in zip(
                 state["rows"].tolist(), state["ids"].split(lengths), state["logprobs"].split(lengths), strict=True)]

@@ -224,14 +224,17 @@ class Trained:
     """
 
     def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
-                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False):
+                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, replicas=1):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
         self.dtype = getattr(torch, dtype)
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
         options = dict(
-            mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+            # Sharded within a replica's neighbouring ranks, and copied across replicas (HSDP) if there are several: then
+            # weights are gathered within a node, and only gradients cross between nodes.
+            mesh=init_device_mesh(device.type, (replicas, dist.get_world_size() // replicas))
+            if replicas > 1 else init_device_mesh(device.type, (dist.get_world_size(),)),
             mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
             offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
         blocks = set(backbone._no_split_modules or ())

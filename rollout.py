@@ -50,8 +50,11 @@ def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling)
     """Yields (i, Response, text, future of its reward) as responses finish: the first are verified while others are
     still being written. What was cut off has no answer, whatever its text says; what was paused has no reward yet."""
     for i, response in engine.generate(prompts, **sampling):
+        if response.paused:
+            yield i, response, None, None
+            continue
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
-        yield i, response, text, None if response.paused else verifier.submit(text if response.finished else "", answers[i])
+        yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
 
 
 class VLLMEngine:

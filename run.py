@@ -24,6 +24,7 @@ class Batch:
     responses: list[Response]  # [B]
     rewards: torch.Tensor  # [B], 0 or 1
     greedy_rewards: torch.Tensor | None = None  # [number of problems], where the baseline wants them
+    expected: torch.Tensor | None = None  # [B], what the baseline expected when these were started, if that was earlier
     old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None where a step needs none
 
     def __post_init__(self):
@@ -43,8 +44,9 @@ class Run:
         self.tokenizer, self.problems, self.held_out = load_data(c)
         self.benchmarks = load_benchmarks(c, self.tokenizer)
         self.device = init_distributed()
-        if dist.get_world_size() % c.tensor_parallel:
-            raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
+        for name, size in (("--tensor-parallel", c.tensor_parallel), ("--replicas", c.replicas)):
+            if dist.get_world_size() % size:
+                raise InputError(f"{name} {size} does not divide the {dist.get_world_size()} ranks")
         self.clock = Clock(self.device)
         self.given_up = {"reward/timeouts": 0, "reward/crashes": 0}  # so far
         self.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
@@ -166,8 +168,11 @@ def next_batch(run, baseline, step):
     c = run.config
     if c.oversample:
         taken, metrics = run.in_flight.take(baseline, step)
-        return Batch([s.problem for s in taken], [render(s.problem.messages, run.tokenizer) for s in taken],
-                     [s.response for s in taken], torch.tensor([s.reward for s in taken])), metrics
+        batch = Batch([s.problem for s in taken], [render(s.problem.messages, run.tokenizer) for s in taken],
+                      [s.response for s in taken], torch.tensor([s.reward for s in taken]))
+        if all(s.expected is not None for s in taken):
+            batch.expected = torch.tensor([s.expected for s in taken])
+        return batch, metrics
     problems = baseline.next_problems((step - 1) * c.prompts_per_step, c.prompts_per_step)
     return run.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy), {}
 

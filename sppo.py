@@ -70,6 +70,7 @@ class Config(CommandLine):
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "compute type; weights and optimiser stay float32")
     micro_batch_tokens: int = option(16384, "tokens per forward and backward on a rank; lower it if memory runs out")
     checkpoint_activations: bool = option(True, "recompute activations in the backward: a third more compute, far less memory")
+    replicas: int = option(1, "copies of the sharded model, say one a node: weights are then gathered within it (HSDP)")
     offload: bool = option(False, "keep parameters and optimiser state in host memory")
     reward_workers: int = option(2, "verifier processes on each rank")
     reward_timeout: float = option(1.0, "seconds after which a verification is given up, and scores 0")
@@ -87,7 +88,7 @@ class Config(CommandLine):
     def check(self):
         """Whatever can be seen to be wrong without loading a model or a dataset."""
         for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
-                     "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples", "keep"):
+                     "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples", "keep", "replicas"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         for name, package in (("engine", "vllm"), ("wandb", "wandb")):
@@ -110,7 +111,7 @@ class Config(CommandLine):
         """What policy and critics are trained with alike."""
         return {name: getattr(self, name) for name in (
             "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "checkpoint_activations", "offload",
-            "trust_remote_code")}
+            "replicas", "trust_remote_code")}
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -172,6 +173,11 @@ class Baseline:
                   for epoch in {epoch for epoch, _ in places}}
         return [orders[epoch][i] for epoch, i in places]
 
+    def expect(self, problems):
+        """A number per problem, kept with a response that is started now and may be trained on some steps later
+        (--oversample): `advantages` finds it as `batch.expected`. None for a baseline that needs none."""
+        return [None] * len(problems)
+
     def advantages(self, batch):
         """What the policy loss multiplies: [B], or [B, T] for an algorithm with a value per token."""
         raise NotImplementedError
@@ -197,9 +203,12 @@ class SPPO(Baseline):
         self.critic = PromptCritic(c.critic_model or c.model, run.device, minibatch=c.minibatch, lr=c.critic_lr,
                                    **c.training_options())
 
+    def expect(self, problems):
+        return self.critic.logits(self.critic.encode(problems)).tolist()
+
     def advantages(self, batch):
         self.prompts = self.critic.encode(batch.problems)  # as the critic's own tokenizer and template have it
-        self.logits = self.critic.logits(self.prompts)
+        self.logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
         return sequence_advantages(batch.rewards, self.logits)
 
     def update(self, batch):

@@ -66,7 +66,8 @@ class FakeRun:
         self.config = Config(prompts_per_step=4, steps=10, old_logprobs="rollout", **options)
         self.tokenizer = load_tokenizer(BUILTIN_MODEL)
         self.problems = [Problem(i, ({"role": "user", "content": str(i)},), str(n)) for i, n in enumerate(lengths)]
-        self.in_flight, self.policy, self.baseline = InFlight(self), 0, Baseline(self)
+        self.clock, self.in_flight, self.policy, self.baseline = Clock(torch.device("cpu")), InFlight(self), 0, Baseline(self)
+        self.baseline.expect = lambda problems: [1000 * self.policy + p.id for p in problems]
 
     def generate(self, prompts, answers, temperatures, begun, until):
         done, enough = {}, until(list(range(len(prompts))), 0, 1)
@@ -99,6 +100,7 @@ def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
         assert sorted(len(s.response.ids) for s in taken) == sorted(lengths)  # no bias: those generated, each once
         assert {s.problem.id for s in taken} == set(range(40))
         for s in taken:
+            assert s.expected == 1000 * s.step + s.problem.id  # when it was started, not when it is trained on
             assert s.response.finished and s.response.ids == [int(s.problem.answer)] * len(s.response.ids)
         ages = [step - s.step for step, (taken, _) in enumerate(steps, 1) for s in taken]
         assert max(ages) <= staleness + oversample  # waited for in time, and then perhaps in turn

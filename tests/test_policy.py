@@ -29,11 +29,11 @@ def test_micro_batches_deal_every_row_once_and_equally_many_to_each_rank(seed, m
 
 @pytest.fixture(scope="session")
 def gradients(tmp_path_factory):
-    """{(ranks, micro-batch budget): loss, metrics, gradients}"""
+    """{(ranks, micro-batch budget): loss, metrics, gradients}; on 4 ranks, two replicas of two shards (HSDP)"""
     found = {}
-    for ranks in (1, 2):
+    for ranks, replicas in ((1, 1), (2, 1), (4, 2)):
         output = tmp_path_factory.mktemp("gradients") / "g.pt"
-        done = run("tests/gradients.py", output, 10**6, 100, 150, ranks=ranks - 1 and ranks)
+        done = run("tests/gradients.py", output, replicas, 10**6, 100, 150, ranks=ranks - 1 and ranks)
         assert done.returncode == 0, done.stderr
         found.update({(ranks, budget): result for budget, result in torch.load(output).items()})
     return found
@@ -42,7 +42,7 @@ def gradients(tmp_path_factory):
 @pytest.mark.xdist_group("gradients")
 @pytest.mark.parametrize("per_token", [False, True])
 def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(gradients, per_token):
-    which = [(1, 150), (2, 150)] if per_token else [(1, 10**6), (1, 100), (2, 100), (2, 10**6)]
+    which = [(1, 150), (2, 150), (4, 150)] if per_token else [(1, 10**6), (1, 100), (2, 100), (2, 10**6), (4, 100)]
     reference, *others = [gradients[w] for w in which]
     if not per_token:
         assert reference["micro_batches"] == [1]

@@ -93,6 +93,22 @@ def test_on_another_number_of_ranks(two_checkpoints, tmp_path):
         assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5)
 
 
+def test_from_two_replicas_of_two_shards_to_one_process(tmp_path):
+    command = ["sppo.py", *SMALL, "--deterministic", "--save-every", "1", "--eval-every", "0", "--output", tmp_path / "run"]
+    done = run(*command, "--steps", "1", "--replicas", "2", ranks=4)
+    assert done.returncode == 0, done.stderr
+    shards = list((tmp_path / "run/checkpoints/step-00000001").glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in shards) < 3 * 4 * 2 * 364_000 * 1.1  # each shard once, not once a replica
+    done = run(*command, "--steps", "2", "--resume")
+    assert done.returncode == 0, done.stderr
+    whole = [*command[:-1], tmp_path / "whole"]
+    done = run(*whole, "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = metrics(tmp_path / "run")[-1], metrics(tmp_path / "whole")[-1]
+    assert ours["reward"] == theirs["reward"]
+    assert ours["policy/grad_norm"] == pytest.approx(theirs["policy/grad_norm"], rel=1e-3)
+
+
 @pytest.mark.xdist_group("checkpoints")
 def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkpoints, tmp_path):
     folder = tmp_path / "run"
