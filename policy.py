@@ -233,7 +233,7 @@ class Trained:
         options = dict(
             # Sharded within a replica's neighbouring ranks, and copied across replicas (HSDP) if there are several: then
             # weights are gathered within a node, and only gradients cross between nodes.
-            mesh=init_device_mesh(device.type, (replicas, dist.get_world_size() // replicas))
+            mesh=init_device_mesh(device.type, (replicas, dist.get_world_size() // replicas), mesh_dim_names=("copy", "shard"))
             if replicas > 1 else init_device_mesh(device.type, (dist.get_world_size(),)),
             mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
             offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
