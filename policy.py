@@ -89,7 +89,8 @@ def micro_batches(lengths, budget):
 
     lengths: tokens of every row of the mini-batch, the same list on every rank.
     Returns this rank's list of lists of row numbers. All ranks get equally many lists; some may be empty. Rows are
-    sorted by length, so that little padding is left; a row longer than the budget gets a micro-batch of its own.
+    sorted by length, so that little padding is left; in a micro-batch that is an eighth full, none is padded by more than
+    a fifth. A row longer than the budget gets a micro-batch of its own.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -97,8 +98,11 @@ def micro_batches(lengths, budget):
     for r in range(world):
         batches = []
         for row in by_length[r::world]:
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:  # its first row is its longest
-                batches[-1].append(row)
+            rows = batches[-1] if batches else []
+            longest = lengths[rows[0]] if rows else budget + 1
+            few = longest * len(rows) < budget // 8  # cutting has a price: each micro-batch gathers the weights anew
+            if longest * (len(rows) + 1) <= budget and (few or lengths[row] >= 0.8 * longest):
+                rows.append(row)
             else:
                 batches.append([row])
         shares.append(batches)
@@ -117,20 +121,18 @@ class ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def _logits(hidden, weight, temperature):
         logits = hidden @ weight.T
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if temperature == 1 else logits.div_(temperature)
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        logprobs, entropy, normaliser = [], [], []
+        logprobs, entropy = [], []
         for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = ChunkedLogProbs._logits(h, weight, temperature)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            logits -= log_z  # now log-probabilities
-            logprobs.append(logits.gather(-1, target[:, None])[:, 0])
-            entropy.append(-(logits.exp() * logits).sum(-1))
-            normaliser.append(log_z)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normaliser))
+            every = ChunkedLogProbs._logits(h, weight, temperature).log_softmax(-1)
+            logprobs.append(every.gather(-1, target[:, None])[:, 0])
+            entropy.append(-torch.linalg.vecdot(every, every.exp()))
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.rows = temperature, rows
         logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
@@ -138,15 +140,15 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), ctx.rows):
             chunk = slice(i, i + ctx.rows)
-            logits = ChunkedLogProbs._logits(hidden[chunk], weight, ctx.temperature)
+            probabilities = ChunkedLogProbs._logits(hidden[chunk], weight, ctx.temperature).softmax(-1)
             # d logprob[target] / d logits = (onehot(target) - softmax) / temperature
-            d_logits = logits.sub_(normaliser[chunk]).exp_().neg_()
-            d_logits.scatter_add_(-1, targets[chunk, None], torch.ones_like(d_logits[:, :1]))
-            d_logits = (d_logits * (grad[chunk, None] / ctx.temperature)).to(hidden.dtype)
+            probabilities.scatter_add_(-1, targets[chunk, None], -torch.ones_like(probabilities[:, :1]))
+            d_logits = torch.empty_like(probabilities, dtype=hidden.dtype)
+            torch.mul(probabilities, -grad[chunk, None] / ctx.temperature, out=d_logits)  # rounds on its way
             grad_hidden[chunk] = d_logits @ weight
             grad_weight.addmm_(d_logits.T, hidden[chunk])  # rounds to the weight's type once a chunk
         return grad_hidden, grad_weight, None, None
