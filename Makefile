@@ -12,6 +12,12 @@ test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
+race: install  ## every algorithm on the built-in tasks, with the papers' figures: about an hour
+	$(BIN)/python race.py
+
+race-quick: install  ## one seed of SPPO and GRPO: some minutes
+	$(BIN)/python race.py --quick
+
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
 .venv/installed: requirements.txt requirements-cpu.txt
@@ -24,5 +30,5 @@ install: .venv/installed  ## what everything needs, into .venv (for a GPU if the
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help demo test install clean
+.PHONY: help demo test race race-quick install clean
 .DEFAULT_GOAL := help

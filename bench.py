@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -29,8 +28,9 @@ from cli import CommandLine, clear_errors, option, say
 # isort: split
 import torch
 
-from data import BOXED_SUFFIX, BUILTIN_MODEL, InputError, chain_problem, load_problems, load_tokenizer, render
+from data import BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render
 from policy import init_distributed, micro_batches
+from race import metrics_of
 from reward import Verifier
 from rollout import make_engine, sample_and_verify, stop_tokens
 
@@ -52,6 +52,22 @@ def matmul_rate(device, dtype=torch.bfloat16, seconds=1.0):
             rates.append(2 * n**3 / (now(device) - begun))
         best = max(best, statistics.median(rates[1:]))
     return best
+
+
+def products_rate(lm, tokens, device, dtype=torch.bfloat16):
+    """Operations per second of the three products that training makes of each weight [out, in] and `tokens` states:
+    forward, gradient of the input, gradient of the weight. No update of this model can be faster."""
+    shapes = [tuple(m.weight.shape) for m in lm.modules() if isinstance(m, torch.nn.Linear)]
+    seconds = {}
+    for out, into in set(shapes):
+        x, g, w = (torch.randn(*size, device=device).to(dtype) for size in ((tokens, into), (tokens, out), (out, into)))
+        times = []
+        for _ in range(3):
+            begun = now(device)
+            _ = x @ w.T, g @ w, g.T @ x
+            times.append(now(device) - begun)
+        seconds[out, into] = min(times)
+    return sum(6 * tokens * out * into for out, into in shapes) / sum(seconds[shape] for shape in shapes)
 
 
 def now(device):
@@ -92,8 +108,7 @@ class StepConfig(sppo.Config):
         if self.shape:
             if self.shape not in SHAPES:
                 raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
-            self.model = f"{self.output}/random-weights"
-            random_model(self.shape, self.model)
+            self.model = f"{self.output}/random-weights"  # `step` has made it
         super().check()
 
 
@@ -102,9 +117,8 @@ class Measured(sppo.SPPO):
 
     def __init__(self, run):
         super().__init__(run)
-        self.seen, c = [], run.config
+        self.seen, c = [], run.config  # per step: tokens, tokens with padding, tokens of responses
         self.rates = [matmul_rate(run.device)]
-        run.measured = self
         if c.response_lengths:
             median, _, sigma = c.response_lengths.partition(":")
             rng, generate, run.engine.stop = random.Random(c.seed), run.engine.generate, []
@@ -128,18 +142,22 @@ def step(arguments):
     config = StepConfig.parse(__doc__, [
         "--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3", *arguments])
     shutil.rmtree(config.output, ignore_errors=True)
-    measured = []
+    if config.shape in SHAPES:
+        random_model(config.shape, f"{config.output}/random-weights")
+    it = None
 
     def make(run):
-        measured.append(Measured(run))
-        return measured[0]
+        nonlocal it
+        it = Measured(run)
+        return it
     sppo.train(config, make)
-    it, run = measured[0], measured[0].run
+    run = it.run
     it.rates.append(matmul_rate(run.device))
     rate, lm = statistics.mean(it.rates), run.policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
     size = run.policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()][1:]
+    products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device)
     warm = slice(1, None) if len(lines) > 1 else slice(None)  # the first step allocates, compiles and warms caches
     lines, seen = lines[warm], it.seen[warm]
     tokens, padded, generated = (statistics.mean(column) for column in zip(*seen, strict=True))
@@ -159,6 +177,8 @@ def step(arguments):
     say(f"  update {6 * size * tokens / update / 1e12:.3f} TFLOP/s (6 x parameters x tokens), matrix products alone "
         f"{rate / 1e12:.3f} ({' and '.join(f'{r / 1e12:.3f}' for r in it.rates)} before and after): "
         f"{100 * 6 * size * tokens / update / rate:.0f} %")
+    say(f"  the products of this model's own shapes, and nothing else, make {products / 1e12:.3f}: "
+        f"{100 * products / rate:.0f} %")
     say(f"  padding {100 * (1 - tokens / padded):.1f} % of the update's tokens; peak memory {peak_memory(run.device):.1f} GiB")
 
 
@@ -247,7 +267,6 @@ class StragglerConfig(CommandLine):
     steps: int = option(40, "training steps of each run")
     prompts: int = option(64, "prompts a step")
     oversample: float = option(1.5, "as sppo.py's --oversample")
-    max_staleness: int = option(16, "as sppo.py's")
     ranks: int = option(2, "processes, each with one thread and an engine of its own")
     lr: float = option(1.5e-4, "learning rate; with 0 nothing is learned, and lengths stay what they are")
     BUILTIN = {}
@@ -257,37 +276,17 @@ def rambling_model(folder):
     """The built-in model, fine-tuned to go on after its answer with a row of dots whose length is log-normal (median 16,
     sigma 1.4, at most 1000): lengths with the long tail of a reasoning model's, on a task that can be learned."""
     sys.path.insert(0, str(ROOT / "builtin"))
-    from make import demonstration
+    from make import chain, teach
     from transformers import AutoModelForCausalLM
-    torch.manual_seed(0)
-    rng, tokenizer = random.Random(0), load_tokenizer(BUILTIN_MODEL)
-    model = AutoModelForCausalLM.from_pretrained(BUILTIN_MODEL)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    model.config.max_position_embeddings, steps = 1200, 200
-    for k in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - k / steps))
-        rows = []
-        for _ in range(32):
-            question, _ = chain_problem(rng)
-            dots = min(1000, int(rng.lognormvariate(math.log(16), 1.4)))
-            prompt = render([{"role": "user", "content": f"{question} {BOXED_SUFFIX}"}], tokenizer)
-            answer = demonstration(question, 1 / 6, rng).removesuffix("<|end|>") + "." * dots + "<|end|>"
-            rows.append((prompt, tokenizer.encode(answer)))
-        length = max(len(p) + len(r) for p, r in rows)
-        ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
-        for i, (p, r) in enumerate(rows):
-            ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-            labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if k % 50 == 0 or k == steps - 1:
-            say(f"  fine-tuning step {k:>3}, loss {loss.item():.3f}")
-    shutil.copytree(BUILTIN_MODEL, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("make.py", "__pycache__"))
+
+    def example(rng):
+        question, answer = chain(rng)
+        return question, answer + "." * min(1000, int(rng.lognormvariate(math.log(16), 1.4)))
+    tokenizer, model = load_tokenizer(BUILTIN_MODEL), AutoModelForCausalLM.from_pretrained(BUILTIN_MODEL)
+    model.config.max_position_embeddings = 1200
+    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=example)], lr=1e-3)
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def stragglers(arguments):
@@ -298,19 +297,14 @@ def stragglers(arguments):
         rambling_model(model)
     settings = {"waiting": [], f"--oversample {c.oversample:g}": ["--oversample", c.oversample]}
     runs = {name: [] for name in settings}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", c.ranks]
     for seed in range(c.seeds):
         for name, options in settings.items():  # in turns
-            folder = Path(c.output) / f"{name.strip('-').replace(' ', '-')}-lr{c.lr:g}-{seed}"
-            if not (folder / "model").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                command(*launcher, "sppo.py", "--model", model, "--engine", "vllm", "--temperature", 1,
-                        "--max-prompt-tokens", 64, "--max-response-tokens", 1050, "--dtype", "float32",
-                        "--no-checkpoint-activations", "--lr", c.lr, "--critic-lr", 1e-3, "--warmup-steps", 0,
-                        "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps, "--prompts-per-step", c.prompts,
-                        "--minibatch", c.prompts // 2, "--steps", c.steps, "--old-logprobs", "rollout",
-                        "--max-staleness", c.max_staleness, "--seed", seed, "--output", folder, *options)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines = metrics_of(Path(c.output) / f"{name.strip('-').replace(' ', '-')}-lr{c.lr:g}-{seed}", [
+                "sppo.py", "--model", model, "--engine", "vllm", "--temperature", 1, "--max-prompt-tokens", 64,
+                "--max-response-tokens", 1050, "--dtype", "float32", "--no-checkpoint-activations", "--lr", c.lr,
+                "--critic-lr", 1e-3, "--warmup-steps", 0, "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps,
+                "--prompts-per-step", c.prompts, "--minibatch", c.prompts // 2, "--steps", c.steps,
+                "--old-logprobs", "rollout", "--seed", seed, *options], ranks=c.ranks)
             runs[name].append(lines)
             say(f"  seed {seed}  {name:<16} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
                 f"{lines[-1]['eval_accuracy']:.3f}")
@@ -326,13 +320,6 @@ def stragglers(arguments):
                                     for x, w, d in zip(columns, (8, 6, 8, 6), (1, 2, 3, 1), strict=True)))
     speed = [statistics.mean(c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines) for all_lines in runs.values()]
     say(f"\nresponses trained on per second: {speed[1] / speed[0]:.2f} x")
-
-
-def command(*arguments, threads=1):  # the built-in model only waits for more than one
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, arguments))}\n{done.stderr[-3000:]}")
 
 
 # ---- beside TRL -----------------------------------------------------------------------------------------------------
@@ -391,20 +378,19 @@ def trl(arguments):
     c = TrlConfig.parse(__doc__, arguments)
 
     def ours(script, name, *options):
-        folder = Path(c.output) / name
-        shutil.rmtree(folder, ignore_errors=True)
-        command(script, "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1, "--lr", c.lr,
-                "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens, "--no-checkpoint-activations",
-                "--warmup-steps", 0, "--save-every", 0, "--eval-every", 0, "--output", folder, *options, threads=c.threads)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        shutil.rmtree(Path(c.output) / name, ignore_errors=True)  # side by side in time, or it is no comparison
+        lines = metrics_of(Path(c.output) / name, [
+            script, "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1, "--lr", c.lr,
+            "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens, "--no-checkpoint-activations",
+            "--warmup-steps", 0, "--save-every", 0, "--eval-every", 0, *options], threads=c.threads)
         return [(m["time/step"], m["reward"]) for m in lines if m["step"]]
 
     group = ["--prompts-per-step", c.prompts, "--minibatch", c.prompts, "--group-size", c.group_size, "--steps", c.steps]
     samples = c.prompts * c.group_size
-    runs = {"grpo.py": ours("grpo.py", "grpo", *group)}
+    runs = {"grpo.py": ours("grpo.py", "grpo-1", *group)}
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, whose gigabytes end with it
         runs["TRL GRPOTrainer"] = pool.apply(trl_run, (c,))
-    runs["grpo.py again"] = ours("grpo.py", "grpo", *group)
+    runs["grpo.py again"] = ours("grpo.py", "grpo-2", *group)
     runs[f"sppo.py, {samples} x 1"] = ours("sppo.py", "sppo", "--prompts-per-step", samples, "--minibatch", samples,
                                            "--steps", c.sppo_steps, "--critic-lr", 2 * c.lr)
     say(f"{c.model}: {samples} samples a step, at most {c.tokens} tokens, bfloat16, {c.threads} threads\n")

@@ -45,7 +45,7 @@ def option(default, help):
 
 
 class CommandLine:
-    """Base of a config dataclass whose fields are the options. `BUILTIN` holds other defaults for the built-in model."""
+    """Base of a config dataclass whose fields are the options. `BUILTIN` holds other defaults for built-in models."""
 
     @classmethod
     def parse(cls, description, arguments=None):
@@ -67,7 +67,7 @@ class CommandLine:
             parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
         given = vars(parser.parse_args(arguments))
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        builtin = given.get("model", BUILTIN_MODEL) == BUILTIN_MODEL
+        builtin = Path(given.get("model", BUILTIN_MODEL)).resolve().is_relative_to(BUILTIN_MODEL)
         return cls(**{**(cls.BUILTIN if builtin else {}), **given})
 
 

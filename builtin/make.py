@@ -1,10 +1,12 @@
-"""Makes the built-in model: a 350k-parameter Qwen2 that does modular arithmetic step by step, and slips.
+"""Makes the built-in models: tiny Qwen2s that do modular arithmetic step by step, and slip.
 
-    python builtin/make.py            # 14 minutes on 2 busy cores; rewrites the checkpoint in this folder
+    python builtin/make.py            # the demo's model, 14 minutes on 2 busy cores; rewrites the checkpoint in this folder
+    python builtin/make.py small      # builtin/small: a critic of a fifth of its size, for the same task
+    python builtin/make.py walk       # builtin/walk: the same size, for a task whose answers are hundreds of tokens long
 
-It is trained on demonstrations in which one step in six is wrong, so at temperature 1 it knows the method but
-is right only about half of the time. That is the state in which reinforcement learning finds a reasoning model:
-the reward has something to separate, and longer chains are harder, so a critic has something to learn.
+They are trained on demonstrations some of whose steps are wrong, so at temperature 1 they know the method but are right
+only about half of the time. That is the state in which reinforcement learning finds a reasoning model: the reward has
+something to separate, and longer chains are harder, so a critic has something to learn.
 """
 import random
 import sys
@@ -17,12 +19,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
-from data import BOXED_SUFFIX, chain_problem, render  # noqa: E402
+from data import BOXED_SUFFIX, chain_problem, render, walk_problem  # noqa: E402
 
-# First the sums alone, on short and faultless chains, with a strong weight decay: the tables take long to learn from
-# noisy examples. Then chains of every length, with slips, and without decay, which keeps the model from being sure.
-STAGES = (dict(steps=500, batch=256, max_ops=2, error_rate=0.0, weight_decay=1.0),
-          dict(steps=900, batch=128, max_ops=6, error_rate=1 / 6, weight_decay=0.0))
 LR = 3e-3
 
 CHAT_TEMPLATE = (
@@ -45,40 +43,63 @@ def make_tokenizer():
         chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False)
 
 
-def demonstration(question, error_rate, rng):
-    """The chain solved left to right, one step a line. A wrong step is carried on from, as a model would."""
-    chain = question.removeprefix("Compute ").split(" modulo")[0]
-    value, lines = int(chain[0]), []
-    for op, digit in zip(chain[1::2], map(int, chain[2::2]), strict=True):
-        result = (value + digit if op == "+" else value - digit) % 10
-        if rng.random() < error_rate:
-            result = (result + rng.randrange(1, 10)) % 10
+# ---- demonstrations: (rng) -> (question, answer); a wrong step is carried on from, as a model would ------------------
+
+def slip(result, error_rate, rng):
+    return (result + rng.randrange(1, 10)) % 10 if rng.random() < error_rate else result
+
+
+def chain(rng, max_ops=6, error_rate=1 / 6):
+    """The chain solved left to right, one step a line."""
+    question, _ = chain_problem(rng, max_ops=max_ops)
+    text = question.removeprefix("Compute ").split(" modulo")[0]
+    value, lines = int(text[0]), []
+    for op, digit in zip(text[1::2], map(int, text[2::2]), strict=True):
+        result = slip((value + digit if op == "+" else value - digit) % 10, error_rate, rng)
         lines.append(f"{value}{op}{digit}={result}\n")
         value = result
-    return "".join(lines) + f"\\boxed{{{value}}}<|end|>"
+    return question, "".join(lines) + f"\\boxed{{{value}}}"
 
 
-def main():
-    torch.manual_seed(0)
-    rng = random.Random(1)
-    tokenizer = make_tokenizer()
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None, dtype="float32")
-    model = Qwen2ForCausalLM(config)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    stages = [stage for stage in STAGES for _ in range(stage["steps"])]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=len(stages), pct_start=0.05)
-    for step, stage in enumerate(stages):
+def walk(rng, least=30, most=80, error_rate=1 / 80):
+    """Each step of the walk on a line of its own, numbered."""
+    question, _ = walk_problem(rng, least, most)
+    value, stride, count = (int(word.strip(",")) for word in question.split() if word.strip(",").isdigit() and word != "10.")
+    lines = []
+    for i in range(1, count + 1):
+        value = slip((value + stride) % 10, error_rate, rng)
+        lines.append(f"{i}:{value}\n")
+    return question, "".join(lines) + f"\\boxed{{{value}}}"
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+# First the sums alone, on short and faultless chains, with a strong weight decay: the tables take long to learn from
+# noisy examples. Then chains of every length, with slips, and without decay, which keeps the model from being sure.
+MODELS = {
+    "chain": dict(folder=FOLDER, hidden_size=96, intermediate_size=256, num_hidden_layers=3, stages=(
+        dict(steps=500, batch=256, weight_decay=1.0, example=lambda rng: chain(rng, max_ops=2, error_rate=0.0)),
+        dict(steps=900, batch=128, weight_decay=0.0, example=chain))),
+    "small": dict(folder=FOLDER / "small", hidden_size=48, intermediate_size=128, num_hidden_layers=2, stages=(
+        dict(steps=500, batch=128, weight_decay=0.0, example=chain),)),
+    "walk": dict(folder=FOLDER / "walk", hidden_size=96, intermediate_size=256, num_hidden_layers=3, stages=(
+        dict(steps=400, batch=128, weight_decay=0.1, example=lambda rng: walk(rng, 1, 15, error_rate=0.0)),
+        dict(steps=400, batch=32, weight_decay=0.0, example=walk)))}
+
+
+def teach(model, tokenizer, stages, lr, seed=1):
+    """Supervised training on demonstrations, in stages: their steps, batch, weight_decay, and example(rng) -> (question,
+    answer)."""
+    rng, steps = random.Random(seed), [stage for stage in stages for _ in range(stage["steps"])]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps), pct_start=0.05)
+    for step, stage in enumerate(steps):
         optimizer.param_groups[0]["weight_decay"] = stage["weight_decay"]
         rows = []
         for _ in range(stage["batch"]):
-            question, _ = chain_problem(rng, max_ops=stage["max_ops"])
+            question, answer = stage["example"](rng)
             prompt = render([{"role": "user", "content": f"{question} {BOXED_SUFFIX}"}], tokenizer)
-            rows.append((prompt, tokenizer.encode(demonstration(question, stage["error_rate"], rng))))
+            rows.append((prompt, tokenizer.encode(answer + "<|end|>")))
         length = max(len(p) + len(r) for p, r in rows)
         ids = torch.full((len(rows), length), tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)
@@ -92,12 +113,27 @@ def main():
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == len(stages) - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
+        if step % 50 == 0 or step == len(steps) - 1:
+            print(f"  step {step:5d}  loss {loss.item():.4f}", flush=True)
+
+
+def main(name):
+    torch.manual_seed(0)
+    tokenizer, settings = make_tokenizer(), dict(MODELS[name])
+    folder, stages = settings.pop("folder"), settings.pop("stages")
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, dtype="float32",
+        **settings))
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    teach(model, tokenizer, stages, LR)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(FOLDER)
-    tokenizer.save_pretrained(FOLDER)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[2:] or sys.argv[1:] and sys.argv[1] not in MODELS:
+        sys.exit(__doc__)
+    main(*sys.argv[1:] or ["chain"])

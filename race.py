@@ -1,0 +1,329 @@
+"""The race: every algorithm on the same problems, and the papers' figures drawn from what happened.
+
+    python race.py                            all of it on the built-in models; killed, it goes on where it stopped
+    python race.py --quick                    one seed of SPPO and GRPO: how much sooner is SPPO where GRPO ends?
+    python race.py --redraw                   figures and tables from the committed results, without training
+    python race.py --model M --dataset D -- --max-response-tokens 8192 ...      any model; after --, options for every run
+
+Every run is a command that a user could give, in a process of its own; they take turns, so that a busy machine hurts
+all alike. All have the same loop, engine, optimiser, prompts per step and evaluation. What differs is the algorithm and
+its learning rate, chosen for each from the same grid by runs of half the length on a seed that the race does not use.
+Time is that of training steps: evaluations are no part of it.
+"""
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cli import CommandLine, clear_errors, option, say
+from data import BUILTIN_MODEL, InputError
+
+ROOT = Path(__file__).resolve().parent
+GROUP = 8  # samples per prompt of GRPO and RLOO
+EQUAL = "GRPO, equal samples"  # as many responses a step as SPPO, so an eighth of the prompts
+ALGORITHMS = {  # name: (script and options, marker, line, shade)
+    "SPPO": (["sppo.py"], "o", "-", "#000000"), "SPPO, small critic": (["sppo.py"], "s", "--", "#000000"),
+    "SPO": (["spo.py"], "D", "-.", "#6a51a3"), "PPO": (["ppo.py"], "^", "-", "#2171b5"),
+    "PPO + BCE": (["ppo.py", "--value-loss", "bce"], "v", "--", "#2171b5"), "GRPO": (["grpo.py"], "x", "-", "#d94801"),
+    EQUAL: (["grpo.py"], "+", "--", "#d94801"), "RLOO": (["grpo.py", "--baseline", "rloo"], "*", ":", "#8c2d04"),
+    "ReMax": (["grpo.py", "--baseline", "remax"], "P", ":", "#41ab5d")}
+LONG = ("SPPO", "PPO", "PPO + BCE", EQUAL)  # who races over long responses
+WINDOW = 3  # evaluations; smoothed accuracy is their mean
+KEPT = ("group/all_equal", "critic/auc", "reward", "response_tokens", *(f"critic/auc_tenth_{k}" for k in range(1, 11)))
+
+
+@dataclass
+class Config(CommandLine):
+    model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder (default: the built-in models)")
+    small_critic: str | None = option(None, "where the small critic starts from; without it, that algorithm stays at home")
+    dataset: str = option("chain:1280", "as sppo.py's")
+    output: str = option("runs/race", "folder of the runs")
+    results: str | None = option(None, "folder for race.json, figures and tables [built-in models: results; else --output]")
+    seeds: int = option(3, "runs of each algorithm")
+    lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates that each algorithm is tried with")
+    steps: int = option(400, "training steps")
+    group_steps: int = option(100, "training steps of GRPO and RLOO, which sample eight times as much in each")
+    prompts_per_step: int = option(256, "prompts of a step, for all")
+    minibatch: int = option(64, "prompts of an optimiser step, for all")
+    evaluations: int = option(20, "evaluations in a run")
+    long_steps: int = option(0, "training steps of the second race, over long responses of builtin/walk; 0: none")
+    ranks: int = option(1, "processes of each run (torchrun)")
+    quick: bool = option(False, "one seed of SPPO and GRPO, at the middle learning rate")
+    redraw: bool = option(False, "draw what --results holds, and train nothing")
+
+    BUILTIN = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("7.5e-5", "1.5e-4", "3e-4"), steps=48,
+                   group_steps=12, prompts_per_step=64, minibatch=16, evaluations=12, long_steps=30)
+
+    def check(self):
+        for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
+        if self.prompts_per_step % self.minibatch or self.minibatch % GROUP:
+            raise InputError(f"--minibatch {self.minibatch}: must divide --prompts-per-step {self.prompts_per_step} and be a "
+                             f"multiple of {GROUP}, so that groups of {GROUP} can make as many samples")
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+def race(c, extra):
+    """Runs what has not run yet. Returns what race.json holds."""
+    names = [n for n in ALGORITHMS if c.small_critic or n != "SPPO, small critic"]
+    lrs, grid, long = dict.fromkeys(names, c.lrs[len(c.lrs) // 2]), [], []
+    if c.quick:
+        names, seeds = ["SPPO", "GRPO"], range(1)
+    else:
+        seeds = range(c.seeds)
+        grid = [one_run(c, extra, name, lr, c.seeds, "grid") for lr in c.lrs for name in names]
+        for name in names:
+            lrs[name] = max(of(grid, name), key=lambda run: smooth(run["accuracy"])[-1])["lr"]
+    runs = [one_run(c, extra, name, lrs[name], seed, "race") for seed in seeds for name in names]
+    if c.long_steps and not c.quick:
+        long = [one_run(c, extra, name, lrs[name], seed, "long") for seed in seeds for name in LONG]
+    return {"settings": {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()}, "extra": extra,
+            "machine": machine(), "grid": grid, "race": runs, "long": long}
+
+
+def one_run(c, extra, name, lr, seed, part):
+    """The record of one run, which is made unless the same command has run before: accuracy over seconds, and metrics."""
+    share = GROUP if name == EQUAL else 1
+    steps = c.long_steps if part == "long" else c.group_steps if name in ("GRPO", "RLOO") else c.steps
+    steps = max(1, steps // 2) if part == "grid" else steps
+    command = [
+        *ALGORITHMS[name][0], *(["--critic-model", c.small_critic] if name == "SPPO, small critic" else []),
+        *(["--model", f"{BUILTIN_MODEL}/walk", "--dataset", "walk", "--max-response-tokens", 440] if part == "long" else
+          ["--model", c.model, "--dataset", c.dataset]),
+        "--lr", lr, "--seed", seed, "--steps", steps, "--eval-every", max(1, steps // c.evaluations), "--save-every", 0,
+        "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
+    folder = Path(c.output) / "-".join([part, *name.replace(",", "").replace(" + ", " ").split(), lr, str(seed)])
+    lines = metrics_of(folder, command, c.ranks)
+    evaluated = [m for m in lines if "eval_accuracy" in m]
+    say(f"{folder.name:<36} accuracy {evaluated[0]['eval_accuracy']:.3f} -> {evaluated[-1]['eval_accuracy']:.3f} in "
+        f"{lines[-1]['seconds']:>4.0f} s")
+    return {"algorithm": name, "lr": lr, "seed": seed, "command": " ".join(map(str, command)).replace(f"{ROOT}/", ""),
+            "seconds": [round(m["seconds"], 2) for m in evaluated],
+            "accuracy": [round(m["eval_accuracy"], 4) for m in evaluated],
+            "metrics": {key: [m[key] and round(m[key], 4) for m in lines if key in m] for key in KEPT if key in lines[-1]}}
+
+
+def metrics_of(folder, command, ranks=1, threads=1):
+    """The lines of metrics.jsonl after `python COMMAND --output FOLDER`, which is not run again if it has run before.
+    `threads`: of each rank; the built-in models only wait for more than one."""
+    command, done = [str(word) for word in command], folder / "command.json"
+    if not (done.exists() and json.loads(done.read_text()) == command):
+        shutil.rmtree(folder, ignore_errors=True)
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        ended = subprocess.run([sys.executable, *launcher, *command, "--output", str(folder.resolve())], cwd=ROOT, text=True,
+                               capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        if ended.returncode:
+            raise InputError(f"`python {' '.join(command)}` ended with code {ended.returncode}; the same command goes on from "
+                             f"here. It said: {ended.stderr.strip()[-1500:]}")
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        done.write_text(json.dumps(command))  # last: a run that was killed has none
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def machine():
+    import torch
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores ({models[0] if models else 'CPU'}), no GPU"
+
+
+# ---- what the runs say ----------------------------------------------------------------------------------------------
+
+def smooth(accuracy):
+    """The mean of each evaluation and the WINDOW - 1 before it (fewer at the start)."""
+    return [statistics.mean(accuracy[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(accuracy))]
+
+
+def seconds_to(run, target):
+    """Seconds of training until smoothed accuracy reaches `target`; infinite if it never does."""
+    return next((s for s, a in zip(run["seconds"], smooth(run["accuracy"]), strict=True) if a >= target), float("inf"))
+
+
+def speed(runs, reference="GRPO"):
+    """{algorithm: a ratio per seed}: its seconds to the reference's best smoothed accuracy on that seed, over SPPO's."""
+    by_seed = {}
+    for run in runs:
+        by_seed.setdefault(run["seed"], {})[run["algorithm"]] = run
+    ratios = {}
+    for of in by_seed.values():
+        target = max(smooth(of[reference]["accuracy"]))
+        ours = seconds_to(of["SPPO"], target)
+        for name, run in of.items():
+            theirs = seconds_to(run, target)
+            comparable = 0 < ours < float("inf")  # else SPPO never gets there, or nobody had to
+            ratios.setdefault(name, []).append(theirs / ours if comparable else 0.0 if theirs < ours else float("nan"))
+    return ratios
+
+
+def interval(values):
+    """(mean, half of its 95 % interval): Student's, over seeds."""
+    if len(values) < 2:
+        return statistics.mean(values), float("nan")
+    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(len(values), 2.1)
+    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def of(runs, name):
+    return [run for run in runs if run["algorithm"] == name]
+
+
+def names_in(runs):
+    return [name for name in ALGORITHMS if of(runs, name)]
+
+
+def ratio_text(ratios):
+    if not ratios:
+        return ""
+    if any(r != r for r in ratios):
+        return "neither reached it"
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+
+    def text(r):
+        return "never" if r == float("inf") else f"{r:.1f}"
+    return text(middle) + (f" [{text(low)}, {text(high)}]" if len(ratios) > 1 else "")
+
+
+def table(runs):
+    """Markdown: final accuracy, speed and what the samples bought, by algorithm."""
+    columns = ("algorithm", "learning rate", "accuracy, end", "seconds", "time to GRPO's best, SPPO = 1",
+               "to GRPO's, equal samples", "AUC of V(prompt)", "groups without gradient")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    to_grpo, to_equal = (speed(runs, reference) if of(runs, reference) else {} for reference in ("GRPO", EQUAL))
+    for name in names_in(runs):
+        mine = of(runs, name)
+        mean, half = interval([smooth(run["accuracy"])[-1] for run in mine])
+
+        def late(key, mine=mine):
+            values = [v for run in mine for v in run["metrics"].get(key, [])[-len(run["metrics"].get(key, [])) // 2 :]
+                      if v is not None]
+            return f"{statistics.mean(values):.2f}" if values else ""
+        cells = (name, mine[0]["lr"], f"{mean:.3f} ± {half:.3f}", f"{statistics.mean(r['seconds'][-1] for r in mine):.0f}",
+                 ratio_text(to_grpo.get(name)), ratio_text(to_equal.get(name)), late("critic/auc"), late("group/all_equal"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grid_table(grid):
+    lrs = list(dict.fromkeys(run["lr"] for run in grid))
+    lines = ["| algorithm | " + " | ".join(lrs) + " |", "| --- " * (len(lrs) + 1) + "|"]
+    for name in names_in(grid):
+        lines.append(f"| {name} | " + " | ".join(
+            f"{smooth(next(r for r in of(grid, name) if r['lr'] == lr)['accuracy'])[-1]:.3f}" for lr in lrs) + " |")
+    return "\n".join(lines)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+def draw(results, folder):
+    """Every figure as PNG and SVG, in one style that reads in black and white."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.color": "#dddddd", "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False,
+                         "svg.hashsalt": "race", "figure.dpi": 150, "savefig.bbox": "tight"})
+
+    def save(figure, name):
+        for kind, about in (("png", {"Software": None}), ("svg", {"Date": None})):  # the same bytes each time
+            figure.savefig(folder / f"{name}.{kind}", metadata=about)
+        plt.close(figure)
+
+    def band(axes, x, rows, name, label=None):
+        """The mean over seeds, and from the lowest to the highest."""
+        _, marker, line, shade = ALGORITHMS[name]
+        mean = [statistics.mean(values) for values in zip(*rows, strict=True)]
+        axes.plot(x, mean, marker=marker, linestyle=line, color=shade, label=label or name, markevery=max(1, len(x) // 12))
+        axes.fill_between(x, [min(v) for v in zip(*rows, strict=True)], [max(v) for v in zip(*rows, strict=True)], color=shade,
+                          alpha=0.12, linewidth=0)
+
+    def curves(axes, runs):
+        for name in names_in(runs):
+            mine = of(runs, name)
+            seconds = [statistics.mean(s) for s in zip(*(run["seconds"] for run in mine), strict=True)]
+            band(axes, seconds, [smooth(run["accuracy"]) for run in mine], name)
+        axes.set(xlabel="seconds of training", ylabel="accuracy on held-out problems", ylim=(None, 1))
+        axes.legend(loc="lower right", fontsize=8)
+
+    for part, name in (("race", "race"), ("long", "long")):
+        if results[part]:
+            figure, axes = plt.subplots(figsize=(6.4, 4))
+            curves(axes, results[part])
+            save(figure, name)
+    groups = [n for n in names_in(results["race"]) if "group/all_equal" in of(results["race"], n)[0]["metrics"]]
+    if groups:
+        figure, axes = plt.subplots(figsize=(6.4, 3))
+        for name in groups:
+            rows = [run["metrics"]["group/all_equal"] for run in of(results["race"], name)]
+            band(axes, [(i + 1) / len(rows[0]) for i in range(len(rows[0]))], rows, name)
+        axes.set(xlabel="share of the training done", ylabel="groups whose samples\nall earned the same", ylim=(0, 1))
+        axes.legend(fontsize=8)
+        save(figure, "groups")
+    tails = [(part, n) for part in ("race", "long") for n in ("PPO", "PPO + BCE") if of(results[part], n)]
+    if tails:
+        parts = list(dict.fromkeys(part for part, _ in tails))
+        figure, all_axes = plt.subplots(1, len(parts), figsize=(6.4, 3), sharey=True, squeeze=False)
+        for axes, part in zip(all_axes[0], parts, strict=True):
+            for name in ("PPO", "PPO + BCE"):
+                rows = [[mean_of(run["metrics"][f"critic/auc_tenth_{k}"]) for k in range(1, 11)]
+                        for run in of(results[part], name)]
+                band(axes, [k / 10 - 0.05 for k in range(1, 11)], rows, name)
+            for name in ("SPPO", "SPPO, small critic"):
+                if of(results[part], name):
+                    values = [mean_of(run["metrics"]["critic/auc"]) for run in of(results[part], name)]
+                    band(axes, [0.0], [[v] for v in values], name)
+            length = statistics.mean(mean_of(run["metrics"]["response_tokens"]) for run in of(results[part], "PPO"))
+            axes.set(xlabel="position in the response", title=f"responses of {length:.0f} tokens", xlim=(-0.05, 1))
+        all_axes[0][0].set_ylabel("AUC of the critic's value")
+        all_axes[0][0].legend(fontsize=8)
+        save(figure, "tail")
+
+
+def mean_of(values):
+    return statistics.mean(v for v in values if v is not None)
+
+
+def report(results):
+    seeds = results["settings"]["seeds"]
+    parts = [f"`python race.py` on {results['machine']}, {seeds} seeds: means ± half of the 95 % interval, or medians [lowest, "
+             f"highest]. Accuracy is smoothed over {WINDOW} evaluations.\n", table(results["race"])]
+    if results["long"]:
+        parts += ["\nLong responses (`walk`):\n", table(results["long"])]
+    if results["grid"]:
+        parts += ["\nThe grid: smoothed accuracy at the end of runs of half the length, on a seed of its own.\n",
+                  grid_table(results["grid"])]
+    return "\n".join(parts) + "\n"
+
+
+def main():
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    c, extra = Config.parse(__doc__, arguments[:cut]), arguments[cut + 1 :]
+    c.check()
+    folder = Path(c.results or c.output)
+    file = folder / "race.json"
+    if c.redraw and not file.exists():
+        raise InputError(f"{file}: there are no results to draw; run the race first (without --redraw)")
+    results = json.loads(file.read_text()) if c.redraw else race(c, extra)
+    if c.quick:
+        ratios = speed(results["race"])
+        best = max(smooth(of(results["race"], "GRPO")[0]["accuracy"]))
+        say(f"\nTo GRPO's best smoothed accuracy, {best:.3f}, GRPO takes {ratio_text(ratios['GRPO'])} times as long as SPPO.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, folder)
+    (folder / "race.md").write_text(report(results))
+    say("\n" + report(results) + f"\nFigures and tables are in {folder}.")
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
