@@ -124,7 +124,7 @@ class Measured(sppo.SPPO):
             rng, generate, run.engine.stop = random.Random(c.seed), run.engine.generate, []
 
             def with_lengths(prompts, max_tokens, **options):
-                lengths = [int(min(max_tokens, max(1, rng.lognormvariate(math.log(float(median)), float(sigma or 0)))))
+                lengths = [round(min(max_tokens, max(1, rng.lognormvariate(math.log(float(median)), float(sigma or 0)))))
                            for _ in prompts]
                 return generate(prompts, max_tokens=lengths, **options)
             run.engine.generate = with_lengths
@@ -267,6 +267,7 @@ class StragglerConfig(CommandLine):
     steps: int = option(40, "training steps of each run")
     prompts: int = option(64, "prompts a step")
     oversample: float = option(1.5, "as sppo.py's --oversample")
+    max_staleness: int = option(16, "as sppo.py's")
     ranks: int = option(2, "processes, each with one thread and an engine of its own")
     lr: float = option(1.5e-4, "learning rate; with 0 nothing is learned, and lengths stay what they are")
     BUILTIN = {}
@@ -304,7 +305,7 @@ def stragglers(arguments):
                 "--max-response-tokens", 1050, "--dtype", "float32", "--no-checkpoint-activations", "--lr", c.lr,
                 "--critic-lr", 1e-3, "--warmup-steps", 0, "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps,
                 "--prompts-per-step", c.prompts, "--minibatch", c.prompts // 2, "--steps", c.steps,
-                "--old-logprobs", "rollout", "--seed", seed, *options], ranks=c.ranks)
+                "--old-logprobs", "rollout", "--max-staleness", c.max_staleness, "--seed", seed, *options], ranks=c.ranks)
             runs[name].append(lines)
             say(f"  seed {seed}  {name:<16} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
                 f"{lines[-1]['eval_accuracy']:.3f}")

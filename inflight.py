@@ -1,17 +1,18 @@
 """Nobody waits for the longest response: `--oversample`.
 
 A step trains on B responses. To wait for B that were started together means to wait for the longest, while an engine
-that could write hundreds writes a few. So keep more than B in flight, (1 + oversample) B; train on the B that were
-started first, once they have finished, which most have long before; and carry the others on: in the next step they are
-continued as longer prompts, by a newer policy. Three things keep this honest.
+that could write hundreds writes a few. So keep more than B in flight, train on the first B that finish, and carry the
+others on: in the next step they are continued as longer prompts, by a newer policy. Four things keep this honest.
 
 1. The ratio. Tokens of one response may come from several policies. Each keeps the log-probability that it was sampled
    with, and the clipped loss compares with that.
-2. Length. The first to finish are the short ones, and a step that trains on those teaches the policy to be short, even
-   if the long ones follow some steps later. In the order in which they were started, every step's lengths are those of
-   all that is generated.
-3. Age. For the same reason nothing is older than `oversample` steps, rounded up: nothing has to be dropped, which would
-   bring the bias back.
+2. Length. The first to finish are the short ones. But nothing that was started is dropped: it is trained on once, some
+   steps later, and towards the end of a run nothing is started that could not be. Over a run, the responses trained
+   on are exactly those that were generated.
+3. The baseline. A reward is compared with what was expected when its response was started. While the policy improves, so
+   does what is expected; with today's expectation, all that took long would seem worse than it was, and be unlearned.
+4. Age. What was started `--max-staleness` steps ago is waited for. (To drop it would bring the bias back.) The engine
+   has enough to do meanwhile: what else finishes is there for the next step.
 
 Only for algorithms with one sample per prompt; one that compares the samples of a group must wait for all of them.
 """
@@ -28,6 +29,8 @@ from rollout import Response
 class Started:
     problem: Problem
     prompt: list[int]  # token ids
+    step: int  # in which it was started
+    expected: float | None  # of its reward, by the baseline, at that time
     response: Response  # as far as it got
     reward: float | None = None  # once it has finished
 
@@ -39,41 +42,63 @@ class InFlight:
         self.run, self.started = run, []
 
     def take(self, baseline, step):
-        """What a step (from 1) trains on: a list of Started, all finished; and metrics."""
+        """The first responses to finish, as many as a step (from 1) trains on: a list of Started; and metrics."""
         run, c, count = self.run, self.run.config, self.run.config.prompts_per_step
         before = (step - 1) * count  # were trained on
         room = min(math.ceil(count * (1 + c.oversample)), c.steps * count - before) - len(self.started)
-        if room > 0:  # towards the end of a run nothing is started that could not be trained on
-            self.started += [Started(p, render(p.messages, run.tokenizer), Response([], [], False))
-                             for p in baseline.next_problems(before + len(self.started), room)]
+        if room > 0:
+            problems = baseline.next_problems(before + len(self.started), room)
+            with run.clock("critic"):
+                expected = baseline.expect(problems)
+            self.started += [Started(problem, render(problem.messages, run.tokenizer), step, value, Response([], [], False))
+                             for problem, value in zip(problems, expected, strict=True)]
         open_ = [s for s in self.started if s.reward is None]
-        awaited = sum(s.reward is None for s in self.started[:count])  # they are the first of `open_`
+        overdue = {i for i, s in enumerate(open_) if step - s.step >= c.max_staleness}
+        needed = count - (len(self.started) - len(open_))
+
+        def until(mine, engine, engines):
+            """Whether an engine that has the responses `mine` (numbers in `open_`) may stop; asked after each that finishes."""
+            quota = needed // engines + (engine < needed % engines)
+            missing = overdue & set(mine)
+            finished = 0
+
+            def enough(i=None):
+                nonlocal finished
+                finished += i is not None
+                missing.discard(i)
+                return finished >= quota and not missing
+            return enough
+
         tokens = sum(len(s.response.ids) for s in open_)
         done = run.generate([s.prompt for s in open_], [s.problem.answer for s in open_], [c.temperature] * len(open_),
-                            begun=[s.response for s in open_], awaited=awaited)
+                            begun=[s.response for s in open_], until=until)
         for i, (response, reward) in done.items():
             open_[i].response, open_[i].reward = response, reward
-        taken, self.started = self.started[:count], self.started[count:]
-        return taken, {"rollout/generated_tokens": sum(len(s.response.ids) for s in open_) - tokens,
-                       "rollout/in_flight": len(self.started)}
+        taken = [s for s in self.started if s.reward is not None][:count]
+        gone = set(map(id, taken))
+        self.started = [s for s in self.started if id(s) not in gone]
+        metrics = {"rollout/generated_tokens": sum(len(s.response.ids) for s in open_) - tokens,
+                   "rollout/age": sum(step - s.step for s in taken) / count, "rollout/overdue": len(overdue),
+                   "rollout/in_flight": len(self.started)}
+        return taken, metrics
 
     def state_dict(self):
         """Flat tensors: token ids and log-probabilities of all, and a row of numbers for each."""
-        rows = [(s.problem.id, len(s.response.ids), s.response.finished, math.nan if s.reward is None else s.reward)
-                for s in self.started]
-        return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, 4),
+        rows = [(s.problem.id, s.step, math.nan if s.expected is None else s.expected, len(s.response.ids),
+                 s.response.finished, math.nan if s.reward is None else s.reward) for s in self.started]
+        return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, 6),
                 "ids": torch.tensor([token for s in self.started for token in s.response.ids], dtype=torch.int32),
                 "logprobs": torch.tensor([lp for s in self.started for lp in s.response.logprobs], dtype=torch.float64)}
 
     def load_state_dict(self, state):
         problems = {p.id: p for p in self.run.problems}
-        rows = state["rows"].tolist()
-        if missing := [int(row[0]) for row in rows if int(row[0]) not in problems]:
+        if missing := [int(row[0]) for row in state["rows"] if int(row[0]) not in problems]:
             raise InputError(f"the checkpoint has a response in flight to problem {missing[0]}, which the dataset lacks; "
                              "continue with the dataset that the run began with")
-        lengths = [int(row[1]) for row in rows]
+        lengths = [int(row[3]) for row in state["rows"]]
         self.started = [
-            Started(problems[int(problem)], render(problems[int(problem)].messages, self.run.tokenizer),
+            Started(problems[int(problem)], render(problems[int(problem)].messages, self.run.tokenizer), int(step),
+                    None if math.isnan(expected) else expected,
                     Response(ids.tolist(), logprobs.tolist(), bool(finished)), None if math.isnan(reward) else reward)
-            for (problem, _, finished, reward), ids, logprobs in zip(
-                rows, state["ids"].split(lengths), state["logprobs"].split(lengths), strict=True)]
+            for (problem, step, expected, _, finished, reward), ids, logprobs in zip(
+                state["rows"].tolist(), state["ids"].split(lengths), state["logprobs"].split(lengths), strict=True)]

@@ -42,6 +42,9 @@ class Config(sppo.Config):
 
     def check(self):
         super().check()
+        if self.oversample:
+            raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, so it cannot say "
+                             "what was expected when they were started; leave the option out")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")

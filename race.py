@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from cli import CommandLine, clear_errors, option, say
@@ -52,6 +53,7 @@ class Config(CommandLine):
     evaluations: int = option(20, "evaluations in a run")
     long_steps: int = option(0, "training steps of the second race, over long responses of builtin/walk; 0: none")
     ranks: int = option(1, "processes of each run (torchrun)")
+    jobs: int = option(1, "runs at once; no more than there are idle cores, or times mean nothing")
     quick: bool = option(False, "one seed of SPPO and GRPO, at the middle learning rate")
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
@@ -59,7 +61,7 @@ class Config(CommandLine):
                    group_steps=12, prompts_per_step=64, minibatch=16, evaluations=12, long_steps=30)
 
     def check(self):
-        for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks"):
+        for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "jobs"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         if self.prompts_per_step % self.minibatch or self.minibatch % GROUP:
@@ -77,14 +79,21 @@ def race(c, extra):
         names, seeds = ["SPPO", "GRPO"], range(1)
     else:
         seeds = range(c.seeds)
-        grid = [one_run(c, extra, name, lr, c.seeds, "grid") for lr in c.lrs for name in names]
+        grid = run_all((c, extra, name, lr, c.seeds, "grid") for lr in c.lrs for name in names)
         for name in names:
             lrs[name] = max(of(grid, name), key=lambda run: smooth(run["accuracy"])[-1])["lr"]
-    runs = [one_run(c, extra, name, lrs[name], seed, "race") for seed in seeds for name in names]
+    runs = run_all((c, extra, name, lrs[name], seed, "race") for seed in seeds for name in names)
     if c.long_steps and not c.quick:
-        long = [one_run(c, extra, name, lrs[name], seed, "long") for seed in seeds for name in LONG]
+        long = run_all((c, extra, name, lrs[name], seed, "long") for seed in seeds for name in LONG)
     return {"settings": {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()}, "extra": extra,
             "machine": machine(), "grid": grid, "race": runs, "long": long}
+
+
+def run_all(runs):
+    """The records of `one_run`'s arguments, in their order."""
+    runs = list(runs)
+    with ThreadPool(runs[0][0].jobs) as pool:
+        return pool.starmap(one_run, runs, chunksize=1)
 
 
 def one_run(c, extra, name, lr, seed, part):
@@ -96,7 +105,8 @@ def one_run(c, extra, name, lr, seed, part):
         *ALGORITHMS[name][0], *(["--critic-model", c.small_critic] if name == "SPPO, small critic" else []),
         *(["--model", f"{BUILTIN_MODEL}/walk", "--dataset", "walk", "--max-response-tokens", 440] if part == "long" else
           ["--model", c.model, "--dataset", c.dataset]),
-        "--lr", lr, "--seed", seed, "--steps", steps, "--eval-every", max(1, steps // c.evaluations), "--save-every", 0,
+        "--lr", lr, "--seed", seed, "--steps", steps, "--save-every", 0,
+        "--eval-every", max(1, round(steps / c.evaluations * (2 if part == "grid" else 1))),
         "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
     folder = Path(c.output) / "-".join([part, *name.replace(",", "").replace(" + ", " ").split(), lr, str(seed)])
     lines = metrics_of(folder, command, c.ranks)

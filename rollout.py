@@ -87,31 +87,32 @@ class VLLMEngine:
             # vLLM 0.32 on a CPU cannot cut the prefill of a request that has a seed ("does not use offset").
             **({} if on_gpu else dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_tokens))))
 
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, awaited=None):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
         """Samples one response per prompt. prompts: lists of token ids; repeat one to sample it more often.
-        temperature: one number, or one per prompt; 0 is greedy. max_tokens: likewise. seeds: one per prompt, and a response
-        then depends on its seed alone (and on rounding). begun: a Response per prompt, to be gone on with. awaited: once
-        so many of the first prompts have finished, the other responses are paused, and come last."""
+        temperature: one number, or one per prompt; 0 is greedy. seeds: one per prompt, and a response then depends on
+        its seed alone (and on rounding). begun: a Response per prompt, to be gone on with. until: is called with the
+        number of each prompt whose response finishes; once it is true, the others are paused, and come last. max_tokens:
+        one number, or one per prompt."""
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         engine, begun = self.llm.llm_engine, begun or [Response([], [], False)] * len(prompts)
         # With nothing to pause, a response comes in one piece when it is done; otherwise in as many as there are steps.
-        kind = self.output_kind.FINAL_ONLY if awaited is None else self.output_kind.DELTA
-        awaited = set(range(len(prompts) if awaited is None else awaited))
+        kind = self.output_kind.DELTA if until else self.output_kind.FINAL_ONLY
         so_far = {i: ([*b.ids], [*b.logprobs]) for i, b in enumerate(begun)}
         for i, ids in enumerate(prompts):
             engine.add_request(str(i), {"prompt_token_ids": ids + begun[i].ids}, self.SamplingParams(
                 temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(begun[i].ids), seed=seeds and seeds[i],
                 stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
                 output_kind=kind))
-        while awaited:
+        stop = False
+        while engine.has_unfinished_requests() and not stop:
             for request in engine.step():
                 i, output, flat = int(request.request_id), request.outputs[0], request.outputs[0].logprobs
                 so_far[i][0].extend(output.token_ids)
                 so_far[i][1].extend(flat.logprobs[k] for k in flat.start_indices)
                 if request.finished:
-                    awaited.discard(i)
                     yield i, Response(*so_far.pop(i), output.finish_reason == "stop")
+                    stop = until is not None and until(i)
         engine.abort_request([str(i) for i in so_far])
         for i, (ids, logprobs) in so_far.items():
             yield i, Response(ids, logprobs, finished=False, paused=True)
@@ -166,8 +167,9 @@ class TransformersEngine:
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, awaited=None):
-        """As VLLMEngine's; but `max_tokens` is one number, and all responses are written to their end, awaited or not."""
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
+        """As VLLMEngine's; but `max_tokens` is one number, and all responses are written to their end,
+        `until` or not."""
         from transformers import GenerationConfig, LogitsProcessorList
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()

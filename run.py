@@ -24,6 +24,7 @@ class Batch:
     responses: list[Response]  # [B]
     rewards: torch.Tensor  # [B], 0 or 1
     greedy_rewards: torch.Tensor | None = None  # [number of problems], where the baseline wants them
+    expected: torch.Tensor | None = None  # [B], what the baseline expected when these were started, if that was earlier
     old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None where a step needs none
 
     def __post_init__(self):
@@ -78,14 +79,18 @@ class Run:
                      torch.tensor([done[j][1] for j in sampled]),
                      torch.tensor([done[j][1] for j in range(samples, len(problems), each)]) if greedy else None)
 
-    def generate(self, prompts, answers, temperatures, top_p=1.0, neighbours=1, begun=None, awaited=None):
+    def generate(self, prompts, answers, temperatures, top_p=1.0, neighbours=1, begun=None, until=None):
         """{number of the prompt: (Response, reward)}, the same on every rank. The engines share the prompts, of which
-        `neighbours` that follow each other go to the same one. begun: a Response per prompt, to be gone on with. awaited: so
-        many of the first prompts must finish; what of the others has not by then is paused, and has the reward None."""
+        `neighbours` that follow each other go to the same one. begun: a Response per prompt, to be gone on with.
+        until(engine's prompts, number of the engine, number of engines): tells when it may stop, as in rollout.py; what is
+        paused then has the reward None."""
         c, world = self.config, dist.get_world_size()
         first_seed = self.random.getrandbits(40)
         engine, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
         mine = [j for j in range(len(prompts)) if j // neighbours % engines == engine]
+        enough = until and until(mine, engine, engines)
+        if enough and enough():
+            mine = []
         done = {}
         with self.clock("rollout"):
             for n, response, _, reward in sample_and_verify(
@@ -93,8 +98,7 @@ class Run:
                     max_tokens=c.max_response_tokens, top_p=top_p, temperature=[temperatures[j] for j in mine],
                     # Seeds of its own for each response cost some speed; ranks that share an engine must agree, though.
                     seeds=[first_seed + j for j in mine] if c.deterministic or c.tensor_parallel > 1 else None,
-                    begun=begun and [begun[j] for j in mine],
-                    awaited=None if awaited is None else sum(j < awaited for j in mine)):
+                    begun=begun and [begun[j] for j in mine], until=enough and (lambda n: enough(mine[n]))):
                 done[mine[n]] = response, reward
         with self.clock("reward"):
             parts = [None] * world
@@ -160,12 +164,15 @@ def begin(run, baseline):
 
 
 def next_batch(run, baseline, step):
-    """(Batch of a step (from 1), metrics): what was started for it, or with --oversample some steps earlier."""
+    """(Batch of a step (from 1), metrics): all that was started for it, or with --oversample the first to finish."""
     c = run.config
     if c.oversample:
         taken, metrics = run.in_flight.take(baseline, step)
-        return Batch([s.problem for s in taken], [s.prompt for s in taken], [s.response for s in taken],
-                     torch.tensor([s.reward for s in taken])), metrics
+        batch = Batch([s.problem for s in taken], [s.prompt for s in taken], [s.response for s in taken],
+                      torch.tensor([s.reward for s in taken]))
+        if all(s.expected is not None for s in taken):
+            batch.expected = torch.tensor([s.expected for s in taken])
+        return batch, metrics
     problems = baseline.next_problems((step - 1) * c.prompts_per_step, c.prompts_per_step)
     return run.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy), {}
 

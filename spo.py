@@ -142,6 +142,9 @@ class SPO(Baseline):
             distance[known] = [np.abs(new[: len(ids)].numpy() - old).mean() for new, (ids, old) in zip(now, then, strict=True)]
         return distance
 
+    def expect(self, problems):
+        return self.tracker.values([p.id for p in problems]).tolist()
+
     def advantages(self, batch):
         logprobs = batch.old_logprobs
         if logprobs is None or self.run.config.old_logprobs == "rollout":
@@ -149,7 +152,9 @@ class SPO(Baseline):
             logprobs = self.run.policy.logprobs(batch.sequences)
         self.distance = self.moved(batch)
         self.remember(batch.problems, batch.sequences, logprobs)
-        self.values = torch.tensor(self.tracker.values([p.id for p in batch.problems]), dtype=torch.float32)
+        self.values = batch.expected
+        if self.values is None:
+            self.values = torch.tensor(self.expect(batch.problems), dtype=torch.float32)
         return normalize(batch.rewards - self.values)
 
     def update(self, batch):

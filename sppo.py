@@ -62,7 +62,8 @@ class Config(CommandLine):
     eval_benchmarks: tuple[str, ...] = option((), "benchmarks of eval.py, by name or file, that evaluations sample as well")
     eval_samples: int = option(1, "responses per problem of a benchmark")
     old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: computed, or as the engine said, for nothing")
-    oversample: float = option(0.0, "prompts in flight beyond a step's, as a share; no step waits for its longest response")
+    oversample: float = option(0.0, "prompts in flight beyond a step's, as a share; the first to finish are trained on")
+    max_staleness: int = option(8, "steps after which a response that --oversample carries on is waited for")
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "what samples; auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine")
     vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples")
@@ -86,8 +87,9 @@ class Config(CommandLine):
 
     def check(self):
         """Whatever can be seen to be wrong without loading a model or a dataset."""
-        for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "micro_batch_tokens",
-                     "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples", "keep", "replicas"):
+        for name in ("steps", "prompts_per_step", "minibatch", "temperature", "max_response_tokens", "max_staleness",
+                     "micro_batch_tokens", "reward_workers", "reward_timeout", "tensor_parallel", "eval_samples", "keep",
+                     "replicas"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         for name, package in (("engine", "vllm"), ("wandb", "wandb")):
@@ -172,6 +174,11 @@ class Baseline:
                   for epoch in {epoch for epoch, _ in places}}
         return [orders[epoch][i] for epoch, i in places]
 
+    def expect(self, problems):
+        """A number per problem, kept with a response that is started now and may be trained on some steps later
+        (--oversample): `advantages` finds it as `batch.expected`. None for a baseline that needs none."""
+        return [None] * len(problems)
+
     def advantages(self, batch):
         """What the policy loss multiplies: [B], or [B, T] for an algorithm with a value per token."""
         raise NotImplementedError
@@ -197,9 +204,12 @@ class SPPO(Baseline):
         self.critic = PromptCritic(c.critic_model or c.model, run.device, minibatch=c.minibatch, lr=c.critic_lr,
                                    **c.training_options())
 
+    def expect(self, problems):
+        return self.critic.logits(self.critic.encode(problems)).tolist()
+
     def advantages(self, batch):
         self.prompts = self.critic.encode(batch.problems)  # as the critic's own tokenizer and template have it
-        self.logits = self.critic.logits(self.prompts)
+        self.logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
         return sequence_advantages(batch.rewards, self.logits)
 
     def update(self, batch):

@@ -1,5 +1,4 @@
 """The parts of the loop that every algorithm relies on, with a fake engine."""
-import math
 import random
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -32,7 +31,7 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
     problems = load_problems("chain", size=6)
     asked = []
 
-    def generate(prompts, *, temperature, max_tokens, top_p, seeds, begun, awaited):
+    def generate(prompts, *, temperature, max_tokens, top_p, seeds, begun, until):
         asked.append((prompts, temperature))
         order = list(range(len(prompts)))
         random.Random(1).shuffle(order)
@@ -68,16 +67,20 @@ class FakeRun:
         self.tokenizer = load_tokenizer(BUILTIN_MODEL)
         self.problems = [Problem(i, ({"role": "user", "content": str(i)},), str(n)) for i, n in enumerate(lengths)]
         self.clock, self.in_flight, self.policy, self.baseline = Clock(torch.device("cpu")), InFlight(self), 0, Baseline(self)
+        self.baseline.expect = lambda problems: [1000 * self.policy + p.id for p in problems]
 
-    def generate(self, prompts, answers, temperatures, begun, awaited):
-        done, responses = {}, [Response([*b.ids], [*b.logprobs], False) for b in begun]
-        while not done.keys() >= set(range(awaited)):
+    def generate(self, prompts, answers, temperatures, begun, until):
+        done, enough = {}, until(list(range(len(prompts))), 0, 1)
+        responses = [Response([*b.ids], [*b.logprobs], False) for b in begun]
+        while not enough():
             for i, r in enumerate(responses):
                 if i not in done:
                     r.ids.append(int(answers[i]))
                     r.logprobs.append(-self.policy)
                     if len(r.ids) == int(answers[i]):
                         done[i] = Response(r.ids, r.logprobs, True), 1.0
+                        if enough(i):
+                            break
         return {**{i: (r, None) for i, r in enumerate(responses)}, **done}
 
     def steps(self, first, last):
@@ -87,29 +90,33 @@ class FakeRun:
         return taken
 
 
-def test_what_is_in_flight_is_trained_on_once_and_in_its_order():
+def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
     lengths = random.Random(0).choices([1, 2, 3, 40], k=40)
-    for oversample in (0.5, 1.0, 3.0):
-        run = FakeRun(lengths, oversample=oversample)
-        order = run.baseline.next_problems(0, 40)
+    for oversample, staleness in ((1.0, 100), (3.0, 2), (0.5, 1)):
+        run = FakeRun(lengths, oversample=oversample, max_staleness=staleness)
         steps = run.steps(1, 10)
-        assert not run.in_flight.started
-        for k, (taken, _) in enumerate(steps):  # the shorter ones do not come first: no bias, not even within a step
-            assert [s.problem for s in taken] == order[4 * k : 4 * k + 4]
-        taken = [s for step, _ in steps for s in step]
+        assert all(len(taken) == 4 for taken, _ in steps) and not run.in_flight.started
+        taken = [s for taken, _ in steps for s in taken]
+        assert sorted(len(s.response.ids) for s in taken) == sorted(lengths)  # no bias: those generated, each once
+        assert {s.problem.id for s in taken} == set(range(40))
         for s in taken:
-            assert s.reward == 1 and s.response.finished
-            assert s.response.ids == [int(s.problem.answer)] * int(s.problem.answer)
-            assert len(set(s.response.logprobs)) <= 1 + math.ceil(oversample)  # policies
+            assert s.expected == 1000 * s.step + s.problem.id  # when it was started, not when it is trained on
+            assert s.response.finished and s.response.ids == [int(s.problem.answer)] * len(s.response.ids)
+        ages = [step - s.step for step, (taken, _) in enumerate(steps, 1) for s in taken]
+        assert max(ages) <= staleness + oversample  # waited for in time, and then perhaps in turn
+        assert staleness == 100 or sum(m["rollout/overdue"] for _, m in steps) > 0
         assert sum(m["rollout/generated_tokens"] for _, m in steps) == sum(lengths)
-        slowest = max(taken, key=lambda s: len(set(s.response.logprobs)))
-        assert len(set(slowest.response.logprobs)) > 1  # each token keeps the log-probability of the policy that chose it
-        assert slowest.response.logprobs == sorted(slowest.response.logprobs, reverse=True)
+        if staleness == 100:  # each token keeps the log-probability of the policy that chose it
+            slowest = max(taken, key=lambda s: len(set(s.response.logprobs)))
+            assert len(set(slowest.response.logprobs)) > 3
+            assert slowest.response.logprobs == sorted(slowest.response.logprobs, reverse=True)
+            first, last = ([len(s.response.ids) for s in steps[i][0]] for i in (0, -1))
+            assert sum(first) < sum(last)  # the quickest came first
 
 
 def test_what_is_in_flight_survives_a_checkpoint():
     lengths = random.Random(1).choices([1, 2, 3, 40], k=40)
-    run, resumed = (FakeRun(lengths, oversample=2.0) for _ in range(2))
+    run, resumed = (FakeRun(lengths, oversample=2.0, max_staleness=4) for _ in range(2))
     run.steps(1, 4)
     assert any(s.reward is None and s.response.ids for s in run.in_flight.started)
     resumed.in_flight.load_state_dict(run.in_flight.state_dict())

@@ -95,6 +95,7 @@ def test_oversampling_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path)[1:]
     assert lines[0]["rollout/in_flight"] == 16 and lines[-1]["rollout/in_flight"] == 0
+    assert max(m["rollout/age"] for m in lines) > 0
     trained = sum(16 * m["response_tokens"] for m in lines)
     assert trained == sum(m["rollout/generated_tokens"] for m in lines)
     assert all(m["policy/kl"] < 0.1 for m in lines)  # pi_old is that of each token, not of another
