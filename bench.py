@@ -267,7 +267,7 @@ class StragglerConfig(CommandLine):
     steps: int = option(40, "training steps of each run")
     prompts: int = option(64, "prompts a step")
     oversample: float = option(1.5, "as sppo.py's --oversample")
-    max_staleness: int = option(16, "as sppo.py's")
+    max_staleness: tuple[int, ...] = option((16, 4), "as sppo.py's; each is tried")
     ranks: int = option(2, "processes, each with one thread and an engine of its own")
     lr: float = option(1.5e-4, "learning rate; with 0 nothing is learned, and lengths stay what they are")
     BUILTIN = {}
@@ -296,31 +296,32 @@ def stragglers(arguments):
     if not (model / "model.safetensors").exists():
         say(f"Making a model whose lengths have a long tail, in {model}")
         rambling_model(model)
-    settings = {"waiting": [], f"--oversample {c.oversample:g}": ["--oversample", c.oversample]}
+    settings = {"waiting": [], **{f"at most {age} steps old": ["--oversample", c.oversample, "--max-staleness", age]
+                                  for age in c.max_staleness}}
     runs = {name: [] for name in settings}
     for seed in range(c.seeds):
         for name, options in settings.items():  # in turns
-            lines = metrics_of(Path(c.output) / f"{name.strip('-').replace(' ', '-')}-lr{c.lr:g}-{seed}", [
+            lines = metrics_of(Path(c.output) / f"{name.replace(' ', '-')}-lr{c.lr:g}-{seed}", [
                 "sppo.py", "--model", model, "--engine", "vllm", "--temperature", 1, "--max-prompt-tokens", 64,
                 "--max-response-tokens", 1050, "--dtype", "float32", "--no-checkpoint-activations", "--lr", c.lr,
                 "--critic-lr", 1e-3, "--warmup-steps", 0, "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps,
                 "--prompts-per-step", c.prompts, "--minibatch", c.prompts // 2, "--steps", c.steps,
-                "--old-logprobs", "rollout", "--max-staleness", c.max_staleness, "--seed", seed, *options], ranks=c.ranks)
+                "--old-logprobs", "rollout", "--seed", seed, *options], ranks=c.ranks)
             runs[name].append(lines)
-            say(f"  seed {seed}  {name:<16} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
+            say(f"  seed {seed}  {name:<24} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
                 f"{lines[-1]['eval_accuracy']:.3f}")
     say(f"\n{c.steps} steps of {c.prompts} responses, {c.seeds} seeds: mean [lowest, highest]\n")
-    say(f"{'':<18}{'responses/s':>24}{'rollout s a step':>20}{'accuracy':>24}{'tokens trained on':>20}")
+    say(f"{'':<24}{'responses/s':>24}{'rollout s a step':>20}{'accuracy':>24}{'tokens trained on':>20}")
     for name, all_lines in runs.items():
         columns = [
             [c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines],
             [statistics.mean(m["time/rollout"] for m in lines[1:]) for lines in all_lines],
             [lines[-1]["eval_accuracy"] for lines in all_lines],
             [statistics.mean(m["response_tokens"] for m in lines[1:]) for lines in all_lines]]
-        say(f"{name:<18}" + "".join(f"{statistics.mean(x):>{w}.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"
+        say(f"{name:<24}" + "".join(f"{statistics.mean(x):>{w}.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"
                                     for x, w, d in zip(columns, (8, 6, 8, 6), (1, 2, 3, 1), strict=True)))
     speed = [statistics.mean(c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines) for all_lines in runs.values()]
-    say(f"\nresponses trained on per second: {speed[1] / speed[0]:.2f} x")
+    say("\nresponses trained on per second: " + ", ".join(f"{s / speed[0]:.2f} x" for s in speed[1:]))
 
 
 # ---- beside TRL -----------------------------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ MODELS = {
     "small": dict(folder=FOLDER / "small", hidden_size=48, intermediate_size=128, num_hidden_layers=2, stages=(
         dict(steps=500, batch=128, weight_decay=0.0, example=chain),)),
     "walk": dict(folder=FOLDER / "walk", hidden_size=96, intermediate_size=256, num_hidden_layers=3, stages=(
-        dict(steps=400, batch=128, weight_decay=0.1, example=lambda rng: walk(rng, 1, 15, error_rate=0.0)),
-        dict(steps=400, batch=32, weight_decay=0.0, example=walk)))}
+        dict(steps=350, batch=96, weight_decay=0.1, example=lambda rng: walk(rng, 1, 15, error_rate=0.0)),
+        dict(steps=350, batch=24, weight_decay=0.0, example=walk)))}
 
 
 def teach(model, tokenizer, stages, lr, seed=1):
