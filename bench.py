@@ -9,6 +9,7 @@
 
 Machines are noisy: what is compared runs side by side, in turns, and the ratio is what counts.
 """
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -76,11 +77,11 @@ def now(device):
     return time.perf_counter()
 
 
-def peak_memory(device):
-    """GiB: of the GPU's tensors, or of this process."""
+def memory(device, peak=False):
+    """GiB that the GPU's tensors hold, or this process; with `peak`, that they have held at most."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
+    return int(re.search(rf"Vm{'HWM' if peak else 'RSS'}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def random_model(shape, folder):
@@ -109,6 +110,9 @@ class StepConfig(sppo.Config):
             if self.shape not in SHAPES:
                 raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
             self.model = f"{self.output}/random-weights"  # `step` has made it
+        if self.response_lengths and (self.engine == "transformers" or not importlib.util.find_spec("vllm")):
+            raise InputError("--response-lengths: needs vLLM; with --shape and without vLLM, every response is as long as "
+                             "--max-response-tokens, since random weights do not stop")
         super().check()
 
 
@@ -117,7 +121,7 @@ class Measured(sppo.SPPO):
 
     def __init__(self, run):
         super().__init__(run)
-        self.seen, c = [], run.config  # per step: tokens, tokens with padding, tokens of responses
+        self.seen, self.held, c = [], [], run.config  # per step: tokens, with padding, of responses; and memory after it
         self.rates = [matmul_rate(run.device)]
         if c.response_lengths:
             median, _, sigma = c.response_lengths.partition(":")
@@ -136,6 +140,11 @@ class Measured(sppo.SPPO):
                      for rows in micro_batches(lengths[i : i + size], c.micro_batch_tokens) if rows)
         self.seen.append((sum(lengths), padded, int(batch.lengths.sum())))
         return super().advantages(batch)
+
+    def update(self, batch):
+        metrics = super().update(batch)
+        self.held.append(memory(self.run.device))
+        return metrics
 
 
 def step(arguments):
@@ -179,7 +188,9 @@ def step(arguments):
         f"{100 * 6 * size * tokens / update / rate:.0f} %")
     say(f"  the products of this model's own shapes, and nothing else, make {products / 1e12:.3f}: "
         f"{100 * products / rate:.0f} %")
-    say(f"  padding {100 * (1 - tokens / padded):.1f} % of the update's tokens; peak memory {peak_memory(run.device):.1f} GiB")
+    say(f"  padding {100 * (1 - tokens / padded):.1f} % of the update's tokens")
+    say(f"  memory: peak {memory(run.device, peak=True):.1f} GiB; {it.held[0]:.2f} after step 1, "
+        f"{it.held[len(it.held) // 2]:.2f} halfway, {it.held[-1]:.2f} after step {len(it.held)}")
 
 
 # ---- parts beside what they are made of -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def test_step(tmp_path):
     seconds = {name: float(value) for name, value in re.findall(r"^  (\w+) +([\d.]+) s", done.stdout, re.M)}
     assert seconds["step"] == pytest.approx(last["time/step"], abs=0.01)
     assert seconds["update"] == pytest.approx(last["time/update"], abs=0.01)
-    for part in ("tokens/s", "TFLOP/s", "own shapes", "padding", "peak memory", "neither generation"):
+    for part in ("tokens/s", "TFLOP/s", "own shapes", "padding", "memory: peak", "neither generation"):
         assert part in done.stdout
 
 
