@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel
 
 from data import load_tokenizer, render
-from policy import Trained, attention_of
+from policy import Trained, load
 
 
 class ValueModel(nn.Module):
@@ -19,9 +19,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
-        self.backbone = AutoModel.from_pretrained(
-            model, dtype="auto", attn_implementation=attention_of(model, trust_remote_code),
-            trust_remote_code=trust_remote_code, use_safetensors=True)
+        self.backbone = load(AutoModel, model, trust_remote_code)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
         nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something was learned
         nn.init.zeros_(self.head.bias)

@@ -21,6 +21,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
@@ -180,6 +181,34 @@ def attention_of(model, trust_remote_code):
     return "sdpa" if windowed or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} else "causal"
 
 
+def load(kind, model, trust_remote_code):
+    """The model of class `kind` (AutoModel, ...) with the checkpoint's weights and dtype on rank 0, which alone reads them;
+    elsewhere its structure without memory behind it (`meta`), until `Trained` deals out the weights."""
+    options = dict(attn_implementation=attention_of(model, trust_remote_code), trust_remote_code=trust_remote_code)
+    if dist.get_rank() == 0:
+        return kind.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
+    with torch.device("meta"):
+        return kind.from_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), **options)
+
+
+def deal_out(module, device):
+    """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`; what is sharded already stays.
+    Buffers too, saved or not: rotary frequencies are computed when a model is made, and `meta` computes nothing."""
+    new = {}  # tied weights, one tensor under two names, stay tied
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is not None and not isinstance(old, DTensor):
+                    if old not in new:
+                        dtype = torch.float32 if old.is_floating_point() else old.dtype
+                        full = torch.empty(old.shape, dtype=dtype, device=device)
+                        if dist.get_rank() == 0:
+                            full.copy_(old.detach())
+                        dist.broadcast(full, 0)
+                        new[old] = nn.Parameter(full, old.requires_grad) if isinstance(old, nn.Parameter) else full
+                    tensors[name] = new[old]
+
+
 class LogProbModel(nn.Module):
     """A causal LM that answers with the log-probabilities of given tokens. The output layer is applied in here, inside
     the forward that FSDP knows of, so that its weight is gathered when it is needed."""
@@ -240,10 +269,11 @@ class Trained:
             mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
             offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
         blocks = set(backbone._no_split_modules or ())
-        for block in [m for m in module.modules() if type(m).__name__ in blocks]:
-            fully_shard(block.float(), **options)  # one block at a time in float32: a whole model might not fit
+        for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
+            deal_out(part, device)  # one block at a time, and then the rest: a whole model in float32 might not fit
+            fully_shard(part, **options)
         # Training mode, or transformers would not checkpoint activations; but no dropout: pi_old and pi must agree.
-        self.module = fully_shard(module.float(), **options).train()
+        self.module = module.train()
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
@@ -317,17 +347,16 @@ class Policy(Trained):
     """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
-        lm = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", attn_implementation=attention_of(model, trust_remote_code),
-            trust_remote_code=trust_remote_code, use_safetensors=True)
+        lm = load(AutoModelForCausalLM, model, trust_remote_code)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "
                              "chunked log-probabilities do not compute; use a model without (Qwen, Llama, Mistral)")
         if lm.generation_config is not None:
             lm.generation_config.do_sample = True  # with a temperature and without this, it could not be saved
-        self.save_dtype = lm.dtype
-        self.temperature = temperature
+        saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
+        dist.broadcast_object_list(saved)
+        self.save_dtype, self.temperature = saved[0], temperature
         super().__init__(LogProbModel(lm), device, **options)
 
     def score(self, sequences):
