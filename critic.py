@@ -25,9 +25,9 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, scored):
-        """ids [b, L] right-padded; scored [b, up to L] bool -> the head's outputs there [scored.sum()]."""
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, : scored.shape[1]]
-        return self.head(hidden[scored]).squeeze(-1).float().clone()  # FSDP wants no views
+        """ids [b, L] right-padded; scored [n]: places in ids.flatten() -> the head's outputs there [n]."""
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head(hidden.flatten(0, 1)[scored]).squeeze(-1).float().clone()  # FSDP wants no views
 
 
 class PromptCritic(Trained):
@@ -48,7 +48,7 @@ class PromptCritic(Trained):
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for i, prompt in enumerate(rows):
             ids[i, : len(prompt)] = torch.tensor(prompt)
-        last = torch.tensor([len(prompt) for prompt in rows])[:, None] - 1 == torch.arange(ids.shape[1])
+        last = torch.tensor([i * ids.shape[1] + len(prompt) - 1 for i, prompt in enumerate(rows)])
         return self.module(ids.to(self.device), last.to(self.device))[: len(prompts)]
 
     def logits(self, prompts):

@@ -59,9 +59,8 @@ def init_distributed() -> torch.device:
     return device
 
 
-def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
-    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
-    `tokens`: the longest sequence that it will have to read; `options`: what sets them."""
+def check_found(model):
+    """Raises InputError if `model` is neither a folder with a config.json nor on the hub."""
     if not os.path.isfile(f"{model}/config.json"):
         try:  # one request; transformers would try for half a minute
             if not isinstance(try_to_load_from_cache(model, "config.json"), str):
@@ -69,7 +68,13 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
         except Exception as error:
             raise InputError(f"{model}: is neither a folder with a config.json nor a model on the hub that can be read "
                              f"from here ({str(error).strip().splitlines()[0]})") from None
-    elif not glob.glob(f"{glob.escape(model)}/*.safetensors"):
+
+
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
+    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
+    `tokens`: the longest sequence that it will have to read; `options`: what sets them."""
+    check_found(model)
+    if os.path.isdir(model) and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
         raise InputError(f"{model}: has no .safetensors file; weights in other formats can run code when they are read, so "
                          "convert them first (transformers' save_pretrained writes safetensors)")
     try:
@@ -155,13 +160,18 @@ class ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+def fused_attention(module, query, key, value, attention_mask, scaling, **_):
+    """PyTorch's causal attention, which never holds the scores. query [b, heads, L, d], key and value [b, key-value heads,
+    L, d] -> [b, L, heads, d], None."""
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
 def causal_attention(module, query, key, value, attention_mask, scaling, **_):
-    """PyTorch's fused causal attention; but on a CPU its backward is slow in bfloat16, and short sequences afford their
-    scores. query [b, heads, L, d], key and value [b, key-value heads, L, d] -> [b, L, heads, d], None."""
+    """`fused_attention`; but on a CPU its backward is slow in bfloat16, and short sequences afford their scores."""
     b, heads, length, size = query.shape
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or length > 1024:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
+        return fused_attention(module, query, key, value, attention_mask, scaling)
     shared = heads // key.shape[1]  # neighbouring heads that have one key and value: their queries are rows of one product
     rows = (query * scaling).reshape(-1, shared * length, size)
     future = query.new_full((length, length), -math.inf).triu(1).repeat(shared, 1)
@@ -218,31 +228,30 @@ class LogProbModel(nn.Module):
         self.lm = lm
 
     def forward(self, ids, scored, temperature):
-        """ids [b, L] right-padded; scored [b, L-1] bool: predict ids[:, 1:] there -> logprobs, entropy: [scored.sum()].
+        """ids [b, L] right-padded; scored [n]: places in ids.flatten(), whose next token is predicted -> logprobs, entropy [n].
         No attention mask: nothing attends to padding that stands on its right, and the fast causal kernel applies."""
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         weight = self.lm.get_output_embeddings().weight
-        return ChunkedLogProbs.apply(hidden[scored], weight, ids[:, 1:][scored], temperature)
+        return ChunkedLogProbs.apply(hidden.flatten(0, 1)[scored], weight, ids.flatten()[scored + 1], temperature)
 
 
 def pad(sequences, device):
-    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [b, L-1], True at the states from
-    which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the longest response.
-    """
+    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [mask.sum()], the places in ids.flatten()
+    from which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the longest response.
+    Places and not a mask: to select by a mask, the host waits for the GPU to count it."""
     sequences = sequences or [([0, 0], [])]  # for a rank that only keeps others company
     length = max(len(p) + len(r) for p, r in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    scored = torch.zeros(len(sequences), length - 1, dtype=torch.bool)
     mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
     for i, (prompt, response) in enumerate(sequences):
         ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
         mask[i, : len(response)] = True
+    scored = torch.cat([torch.arange(len(r)) + i * length + len(p) - 1 for i, (p, r) in enumerate(sequences)])
     return ids.to(device), scored.to(device), mask.to(device)
 
 
 def unflatten(flat, mask):
-    """[mask.sum()] -> [b, T], 0 outside the mask. `scored` and `mask` have as many True in each row: orders match."""
+    """[mask.sum()] -> [b, T], 0 outside the mask, whose places `pad`'s `scored` names row by row."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
@@ -385,3 +394,8 @@ class Policy(Trained):
         if dist.get_rank() == 0:
             self.module.lm.config.dtype = self.save_dtype
             self.module.lm.save_pretrained(folder, state_dict=state)
+
+
+if __name__ == "__main__":
+    from plan import main  # python policy.py --plan MODEL: what each GPU will hold
+    main()
