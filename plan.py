@@ -18,6 +18,7 @@ from cli import CommandLine, clear_errors, option, say  # before torch: it quiet
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AutoConfig, Qwen2Config, Qwen3Config
@@ -159,6 +160,12 @@ class Count:
     update: tuple[int, int]
 
 
+def mesh(*arguments, **named):
+    """init_device_mesh, which computes with the ranks' numbers: they must not be fake."""
+    with _disable_current_modes():
+        return init_device_mesh(*arguments, **named)
+
+
 def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options):  # noqa: B008
     """Counts what a model of the config `shape` holds on one rank of the process group; `kind`: "policy", "prompts" or
     "responses", the critics that read these. Micro-batches are one row of `tokens` tokens, of which each rank gets two, so
@@ -171,10 +178,6 @@ def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options)
 
     def structure(auto, *_):
         return auto.from_config(shape, attn_implementation="causal", dtype=torch.bfloat16)
-
-    def mesh(*arguments, make=policy.init_device_mesh, **named):
-        with _disable_current_modes():  # it computes with the ranks' numbers
-            return make(*arguments, **named)
 
     with contextlib.ExitStack() as stack:
         for where, name, value in ((policy, "load", structure), (critic, "load", structure), (policy, "init_device_mesh", mesh),

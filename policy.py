@@ -260,12 +260,18 @@ def unflatten(flat, mask):
 class Trained:
     """A module sharded by FSDP2, with AdamW: what the policy and the critics have in common.
 
-    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`.
+    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between` they are on the
+    host, but for those of one model at a time: the one that is being optimised, until another is or the policy's weights are
+    asked for; or, without its optimiser, the one that infers.
     """
 
+    resident = None  # that model
+
     def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
-                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, replicas=1):
+                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, offload_between=False,
+                 replicas=1):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
+        self.offload_between = offload_between
         self.dtype = getattr(torch, dtype)
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
@@ -291,6 +297,29 @@ class Trained:
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.size = sum(p.numel() for p in module.parameters())
         self.lr, self.warmup_steps, self.updates, self.skipped_in_a_row = lr, warmup_steps, 0, 0
+        if offload_between:
+            self.move("cpu")
+
+    def move(self, device):
+        """Takes parameters and optimiser state to `device`. FSDP's modules are made to be moved; the optimiser knows the
+        same parameters afterwards."""
+        self.module.to(device)
+        for state in self.optimizer.state.values():
+            state.update({name: tensor.to(device) for name, tensor in state.items()})
+
+    @classmethod
+    def to_host(cls):
+        """With offload_between, frees the device of the model that is there."""
+        if Trained.resident:
+            Trained.resident.move("cpu")
+        Trained.resident = None
+
+    def to_device(self):
+        """With offload_between, takes this model to the device, after the one that is there has left."""
+        if self.offload_between and Trained.resident is not self:
+            self.to_host()
+            self.move(self.device)
+            Trained.resident = self
 
     def optimize(self, lengths, loss_of):
         """One optimiser step. `loss_of(rows) -> (loss, metrics)` of one micro-batch, whose sums over all micro-batches
@@ -298,6 +327,7 @@ class Trained:
 
         An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten in a row
         this raises Diverged."""
+        self.to_device()
         totals = {}
         for rows in micro_batches(lengths, self.micro_batch_tokens):
             loss, metrics = loss_of(rows)
@@ -324,14 +354,18 @@ class Trained:
     def infer(self, lengths, width, score):
         """`score(rows)` [b, up to `width`] of all rows, as [B, width] on the CPU, the same on every rank; they share the
         work. `rows` may be empty, as in `optimize`."""
-        result = torch.zeros(len(lengths), width)
+        result, visits = torch.zeros(len(lengths), width), self.offload_between and Trained.resident is not self
+        if visits:
+            self.to_host()
+            self.module.to(self.device)
         for rows in micro_batches(lengths, self.micro_batch_tokens):
             part = score(rows)
             if rows:
                 result[rows, : part.shape[1]] = part.cpu().float()
+        if visits:
+            self.module.to("cpu")
         dist.all_reduce(result)  # each row was written by one rank
         return result
-
 
     def state_dict(self):
         """Weights and Adam's moments, sharded, and counters: the tensors themselves, for checkpoint.py to write or fill."""
@@ -383,10 +417,11 @@ class Policy(Trained):
                           lambda rows: self.score([sequences[row] for row in rows])[0])
 
     def weights(self, dtype=None):
-        """(Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""
+        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""
+        self.to_host()  # at once, and not when the first is asked for: the engine wakes before
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        for name, shard in self.module.lm.named_parameters():
-            yield name, shard.detach().to(self.device, dtype or self.dtype).full_tensor()
+        return ((name, shard.detach().to(self.device, dtype or self.dtype).full_tensor())
+                for name, shard in self.module.lm.named_parameters())
 
     def save(self, folder):
         """Writes a Hugging Face folder that transformers and vLLM load. All ranks must call it."""
