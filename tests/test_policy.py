@@ -60,14 +60,15 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(gradients, p
             assert difference < 1e-5, (name, difference)
 
 
-@pytest.mark.parametrize("ranks, replicas, offload, tied", [(2, 1, "", True), (2, 1, "offload", False), (4, 2, "", False)])
+@pytest.mark.parametrize("ranks, replicas, offload, tied", [(2, 1, "offload", True), (4, 2, "", False)])
 def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied):
     """The others are given a folder without any. Two replicas on four ranks: HSDP."""
     from transformers import AutoConfig, AutoModelForCausalLM
     for name in ("weights", "none"):
         shutil.copytree(BUILTIN_MODEL, tmp_path / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     config = AutoConfig.from_pretrained(BUILTIN_MODEL)
-    config.num_hidden_layers, config.tie_word_embeddings, config.layer_types, config.dtype = 16, tied, None, torch.bfloat16
+    config.num_hidden_layers, config.layer_types = 16, ["full_attention"] * 16
+    config.tie_word_embeddings, config.dtype = tied, torch.bfloat16
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "weights")
     (tmp_path / "none" / "model.safetensors").unlink()
