@@ -7,6 +7,7 @@ NCCL's buffers and what the allocator cannot use, for all of which RESERVED is s
 """
 import contextlib
 import functools
+import os
 import weakref
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
@@ -251,7 +252,9 @@ def largest_budget(plans, capacity):
 
 
 def fake_world(gpus):
+    """Makes this process one rank of `gpus` that do not exist, without a GPU even where there is one."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
 
 

@@ -169,19 +169,24 @@ def begin(run, baseline):
 
 def plan_memory(run, baseline):
     """Where there is a GPU, has the memory of training planned, in a process of its own: on tensors and ranks that are fake."""
+    run.planned = None
     if run.device.type == "cuda" and is_main():
         import plan  # it counts what the files above this one do
-        run.planning = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         kind = {"PromptCritic": "prompts", "TokenCritic": "responses"}.get(type(getattr(baseline, "critic", None)).__name__)
-        run.planned = run.planning.submit(plan.training_peak, run.config, kind, dist.get_world_size())
+        run.planned = pool.submit(plan.training_peak, run.config, kind, dist.get_world_size())
+        pool.shutdown(wait=False)
         torch.cuda.reset_peak_memory_stats()
 
 
 def say_memory(run):
-    """After the first step: what it held of a GPU beside what was planned."""
-    if run.device.type == "cuda" and is_main():
-        say(memory_line(run.planned.result(), torch.cuda.max_memory_allocated() - run.engine_memory))
-        run.planning.shutdown()
+    """Once, after the first step by whose end the planning is done: what training held of a GPU beside what was planned."""
+    if run.planned and run.planned.done():
+        if problem := run.planned.exception():
+            say(f"The memory of a GPU could not be planned ({type(problem).__name__}: {problem}); nothing depends on it")
+        else:
+            say(memory_line(run.planned.result(), torch.cuda.max_memory_allocated() - run.engine_memory))
+        run.planned = None
 
 
 def memory_line(planned, measured):

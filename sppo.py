@@ -276,8 +276,7 @@ def train(config, make_baseline):
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             evaluate(run, log, step)
         log.write(step, clock.total)
-        if step == begun + 1:
-            say_memory(run)
+        say_memory(run)
 
         # 7. From here the run could go on after a kill.
         stopping = stop.on_any_rank() and step < config.steps

@@ -2,6 +2,8 @@
 import json
 import random
 import shutil
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from critic import PromptCritic
 from data import BUILTIN_MODEL, InputError, load_tokenizer
 from plan import Count, LiveBytes, largest_budget, phases, shape_of
 from rollout import Response
-from run import Batch, memory_line
+from run import Batch, memory_line, say_memory
 from sppo import Config, policy_step
 
 
@@ -99,7 +101,7 @@ def test_the_plan_is_what_a_step_really_holds():
         assert planned == pytest.approx(real, rel=0.1), what
 
 
-def test_what_the_plan_adds_up():
+def test_what_the_plan_adds_up(monkeypatch):
     ours, its = Count(8, 8, 16, (6, 5), (20, 5)), Count(2, 2, 4, (3, 1), (9, 1))
 
     def totals(*arguments):
@@ -113,6 +115,22 @@ def test_what_the_plan_adds_up():
              2000: phases(Count(8, 8, 16, (7, 5), (30, 5)), Count(2, 2, 4, (4, 1), (10, 1)), "", 40)}
     assert largest_budget(plans, 73) == 2304  # the policy's update has 58, and 10 more for every 1,000 tokens
     assert largest_budget(plans, 47) == 0
+    said = []
+    monkeypatch.setattr("run.say", said.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11 * 2**30)
+    run_ = SimpleNamespace(planned=None, engine_memory=2 * 2**30)
+    say_memory(run_)
+    run_.planned = Future()
+    say_memory(run_)  # not yet
+    assert not said
+    run_.planned.set_result(10 * 2**30)
+    say_memory(run_)
+    say_memory(run_)
+    assert said == [memory_line(10 * 2**30, 9 * 2**30)]
+    run_.planned = Future()
+    run_.planned.set_exception(ValueError("odd model"))
+    say_memory(run_)
+    assert "could not be planned (ValueError: odd model)" in said[1]
     assert memory_line(10 * 2**30, 9 * 2**30).endswith("10.0 GiB planned for micro-batches that are full, 9.0 measured, -10 %")
     assert shape_of("Qwen/Qwen3-8B").head_dim == 128
     with pytest.raises(InputError, match="is neither a folder with a config.json nor a model on the hub"):
