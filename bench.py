@@ -30,15 +30,13 @@ from cli import CommandLine, clear_errors, option, say
 import torch
 
 from data import BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render
+from plan import SHAPES, shape_of
 from policy import init_distributed, micro_batches
 from race import metrics_of
 from reward import Verifier
 from rollout import make_engine, sample_and_verify, stop_tokens
 
 ROOT = Path(__file__).resolve().parent
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, whether embedding and output are one
-    "Qwen/Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True), "Qwen/Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False)}
 
 
 def matmul_rate(device, dtype=torch.bfloat16, seconds=1.0):
@@ -86,15 +84,11 @@ def memory(device, peak=False):
 
 def random_model(shape, folder):
     """A Hugging Face folder with random weights of a published shape, and the built-in tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    from transformers import AutoModelForCausalLM
     shutil.copytree(BUILTIN_MODEL, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "*.py", "__pycache__"))
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(Qwen2Config(
-            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, dtype=torch.bfloat16))
+        model = AutoModelForCausalLM.from_config(shape_of(shape))
     model.bfloat16().save_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel
 
 from data import load_tokenizer, render
-from policy import Trained, attention_of
+from policy import Trained, load
 
 
 class ValueModel(nn.Module):
@@ -19,17 +19,15 @@ class ValueModel(nn.Module):
 
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
-        self.backbone = AutoModel.from_pretrained(
-            model, dtype="auto", attn_implementation=attention_of(model, trust_remote_code),
-            trust_remote_code=trust_remote_code, use_safetensors=True)
+        self.backbone = load(AutoModel, model, trust_remote_code)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
         nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something was learned
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, scored):
-        """ids [b, L] right-padded; scored [b, up to L] bool -> the head's outputs there [scored.sum()]."""
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, : scored.shape[1]]
-        return self.head(hidden[scored]).squeeze(-1).float().clone()  # FSDP wants no views
+        """ids [b, L] right-padded; scored [n]: places in ids.flatten() -> the head's outputs there [n]."""
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head(hidden.flatten(0, 1)[scored]).squeeze(-1).float().clone()  # FSDP wants no views
 
 
 class PromptCritic(Trained):
@@ -50,7 +48,7 @@ class PromptCritic(Trained):
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for i, prompt in enumerate(rows):
             ids[i, : len(prompt)] = torch.tensor(prompt)
-        last = torch.tensor([len(prompt) for prompt in rows])[:, None] - 1 == torch.arange(ids.shape[1])
+        last = torch.tensor([i * ids.shape[1] + len(prompt) - 1 for i, prompt in enumerate(rows)])
         return self.module(ids.to(self.device), last.to(self.device))[: len(prompts)]
 
     def logits(self, prompts):

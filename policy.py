@@ -21,6 +21,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
@@ -58,9 +59,8 @@ def init_distributed() -> torch.device:
     return device
 
 
-def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
-    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
-    `tokens`: the longest sequence that it will have to read; `options`: what sets them."""
+def check_found(model):
+    """Raises InputError if `model` is neither a folder with a config.json nor on the hub."""
     if not os.path.isfile(f"{model}/config.json"):
         try:  # one request; transformers would try for half a minute
             if not isinstance(try_to_load_from_cache(model, "config.json"), str):
@@ -68,7 +68,13 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
         except Exception as error:
             raise InputError(f"{model}: is neither a folder with a config.json nor a model on the hub that can be read "
                              f"from here ({str(error).strip().splitlines()[0]})") from None
-    elif not glob.glob(f"{glob.escape(model)}/*.safetensors"):
+
+
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
+    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
+    `tokens`: the longest sequence that it will have to read; `options`: what sets them."""
+    check_found(model)
+    if os.path.isdir(model) and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
         raise InputError(f"{model}: has no .safetensors file; weights in other formats can run code when they are read, so "
                          "convert them first (transformers' save_pretrained writes safetensors)")
     try:
@@ -154,13 +160,18 @@ class ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+def fused_attention(module, query, key, value, attention_mask, scaling, **_):
+    """PyTorch's causal attention, which never holds the scores. query [b, heads, L, d], key and value [b, key-value heads,
+    L, d] -> [b, L, heads, d], None."""
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
 def causal_attention(module, query, key, value, attention_mask, scaling, **_):
-    """PyTorch's fused causal attention; but on a CPU its backward is slow in bfloat16, and short sequences afford their
-    scores. query [b, heads, L, d], key and value [b, key-value heads, L, d] -> [b, L, heads, d], None."""
+    """`fused_attention`; but on a CPU its backward is slow in bfloat16, and short sequences afford their scores."""
     b, heads, length, size = query.shape
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or length > 1024:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
+        return fused_attention(module, query, key, value, attention_mask, scaling)
     shared = heads // key.shape[1]  # neighbouring heads that have one key and value: their queries are rows of one product
     rows = (query * scaling).reshape(-1, shared * length, size)
     future = query.new_full((length, length), -math.inf).triu(1).repeat(shared, 1)
@@ -180,6 +191,34 @@ def attention_of(model, trust_remote_code):
     return "sdpa" if windowed or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} else "causal"
 
 
+def load(kind, model, trust_remote_code):
+    """The model of class `kind` (AutoModel, ...) with the checkpoint's weights and dtype on rank 0, which alone reads them;
+    elsewhere its structure without memory behind it (`meta`), until `Trained` deals out the weights."""
+    options = dict(attn_implementation=attention_of(model, trust_remote_code), trust_remote_code=trust_remote_code)
+    if dist.get_rank() == 0:
+        return kind.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
+    with torch.device("meta"):
+        return kind.from_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), **options)
+
+
+def deal_out(module, device):
+    """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`; what is sharded already stays.
+    Buffers too, saved or not: rotary frequencies are computed when a model is made, and `meta` computes nothing."""
+    new = {}  # tied weights, one tensor under two names, stay tied
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is not None and not isinstance(old, DTensor):
+                    if old not in new:
+                        dtype = torch.float32 if old.is_floating_point() else old.dtype
+                        full = torch.empty(old.shape, dtype=dtype, device=device)
+                        if dist.get_rank() == 0:
+                            full.copy_(old.detach())
+                        dist.broadcast(full, 0)
+                        new[old] = nn.Parameter(full, old.requires_grad) if isinstance(old, nn.Parameter) else full
+                    tensors[name] = new[old]
+
+
 class LogProbModel(nn.Module):
     """A causal LM that answers with the log-probabilities of given tokens. The output layer is applied in here, inside
     the forward that FSDP knows of, so that its weight is gathered when it is needed."""
@@ -189,31 +228,30 @@ class LogProbModel(nn.Module):
         self.lm = lm
 
     def forward(self, ids, scored, temperature):
-        """ids [b, L] right-padded; scored [b, L-1] bool: predict ids[:, 1:] there -> logprobs, entropy: [scored.sum()].
+        """ids [b, L] right-padded; scored [n]: places in ids.flatten(), whose next token is predicted -> logprobs, entropy [n].
         No attention mask: nothing attends to padding that stands on its right, and the fast causal kernel applies."""
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         weight = self.lm.get_output_embeddings().weight
-        return ChunkedLogProbs.apply(hidden[scored], weight, ids[:, 1:][scored], temperature)
+        return ChunkedLogProbs.apply(hidden.flatten(0, 1)[scored], weight, ids.flatten()[scored + 1], temperature)
 
 
 def pad(sequences, device):
-    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [b, L-1], True at the states from
-    which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the longest response.
-    """
+    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [mask.sum()], the places in ids.flatten()
+    from which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the longest response.
+    Places and not a mask: to select by a mask, the host waits for the GPU to count it."""
     sequences = sequences or [([0, 0], [])]  # for a rank that only keeps others company
     length = max(len(p) + len(r) for p, r in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    scored = torch.zeros(len(sequences), length - 1, dtype=torch.bool)
     mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
     for i, (prompt, response) in enumerate(sequences):
         ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
         mask[i, : len(response)] = True
+    scored = torch.cat([torch.arange(len(r)) + i * length + len(p) - 1 for i, (p, r) in enumerate(sequences)])
     return ids.to(device), scored.to(device), mask.to(device)
 
 
 def unflatten(flat, mask):
-    """[mask.sum()] -> [b, T], 0 outside the mask. `scored` and `mask` have as many True in each row: orders match."""
+    """[mask.sum()] -> [b, T], 0 outside the mask, whose places `pad`'s `scored` names row by row."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
@@ -222,12 +260,18 @@ def unflatten(flat, mask):
 class Trained:
     """A module sharded by FSDP2, with AdamW: what the policy and the critics have in common.
 
-    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`.
+    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between` they are on the
+    host, but for those of one model at a time: the one that is being optimised, until another is or the policy's weights are
+    asked for; or, without its optimiser, the one that infers.
     """
 
+    resident = None  # that model
+
     def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
-                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, replicas=1):
+                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, offload_between=False,
+                 replicas=1):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
+        self.offload_between = offload_between
         self.dtype = getattr(torch, dtype)
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
@@ -240,10 +284,11 @@ class Trained:
             mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
             offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
         blocks = set(backbone._no_split_modules or ())
-        for block in [m for m in module.modules() if type(m).__name__ in blocks]:
-            fully_shard(block.float(), **options)  # one block at a time in float32: a whole model might not fit
+        for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
+            deal_out(part, device)  # one block at a time, and then the rest: a whole model in float32 might not fit
+            fully_shard(part, **options)
         # Training mode, or transformers would not checkpoint activations; but no dropout: pi_old and pi must agree.
-        self.module = fully_shard(module.float(), **options).train()
+        self.module = module.train()
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
@@ -252,6 +297,29 @@ class Trained:
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.size = sum(p.numel() for p in module.parameters())
         self.lr, self.warmup_steps, self.updates, self.skipped_in_a_row = lr, warmup_steps, 0, 0
+        if offload_between:
+            self.move("cpu")
+
+    def move(self, device):
+        """Takes parameters and optimiser state to `device`. FSDP's modules are made to be moved; the optimiser knows the
+        same parameters afterwards."""
+        self.module.to(device)
+        for state in self.optimizer.state.values():
+            state.update({name: tensor.to(device) for name, tensor in state.items()})
+
+    @classmethod
+    def to_host(cls):
+        """With offload_between, frees the device of the model that is there."""
+        if Trained.resident:
+            Trained.resident.move("cpu")
+        Trained.resident = None
+
+    def to_device(self):
+        """With offload_between, takes this model to the device, after the one that is there has left."""
+        if self.offload_between and Trained.resident is not self:
+            self.to_host()
+            self.move(self.device)
+            Trained.resident = self
 
     def optimize(self, lengths, loss_of):
         """One optimiser step. `loss_of(rows) -> (loss, metrics)` of one micro-batch, whose sums over all micro-batches
@@ -259,6 +327,7 @@ class Trained:
 
         An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten in a row
         this raises Diverged."""
+        self.to_device()
         totals = {}
         for rows in micro_batches(lengths, self.micro_batch_tokens):
             loss, metrics = loss_of(rows)
@@ -285,14 +354,18 @@ class Trained:
     def infer(self, lengths, width, score):
         """`score(rows)` [b, up to `width`] of all rows, as [B, width] on the CPU, the same on every rank; they share the
         work. `rows` may be empty, as in `optimize`."""
-        result = torch.zeros(len(lengths), width)
+        result, visits = torch.zeros(len(lengths), width), self.offload_between and Trained.resident is not self
+        if visits:
+            self.to_host()
+            self.module.to(self.device)
         for rows in micro_batches(lengths, self.micro_batch_tokens):
             part = score(rows)
             if rows:
                 result[rows, : part.shape[1]] = part.cpu().float()
+        if visits:
+            self.module.to("cpu")
         dist.all_reduce(result)  # each row was written by one rank
         return result
-
 
     def state_dict(self):
         """Weights and Adam's moments, sharded, and counters: the tensors themselves, for checkpoint.py to write or fill."""
@@ -317,17 +390,16 @@ class Policy(Trained):
     """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
-        lm = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", attn_implementation=attention_of(model, trust_remote_code),
-            trust_remote_code=trust_remote_code, use_safetensors=True)
+        lm = load(AutoModelForCausalLM, model, trust_remote_code)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "
                              "chunked log-probabilities do not compute; use a model without (Qwen, Llama, Mistral)")
         if lm.generation_config is not None:
             lm.generation_config.do_sample = True  # with a temperature and without this, it could not be saved
-        self.save_dtype = lm.dtype
-        self.temperature = temperature
+        saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
+        dist.broadcast_object_list(saved)
+        self.save_dtype, self.temperature = saved[0], temperature
         super().__init__(LogProbModel(lm), device, **options)
 
     def score(self, sequences):
@@ -345,10 +417,11 @@ class Policy(Trained):
                           lambda rows: self.score([sequences[row] for row in rows])[0])
 
     def weights(self, dtype=None):
-        """(Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""
+        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""
+        self.to_host()  # at once, and not when the first is asked for: the engine wakes before
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        for name, shard in self.module.lm.named_parameters():
-            yield name, shard.detach().to(self.device, dtype or self.dtype).full_tensor()
+        return ((name, shard.detach().to(self.device, dtype or self.dtype).full_tensor())
+                for name, shard in self.module.lm.named_parameters())
 
     def save(self, folder):
         """Writes a Hugging Face folder that transformers and vLLM load. All ranks must call it."""
@@ -356,3 +429,8 @@ class Policy(Trained):
         if dist.get_rank() == 0:
             self.module.lm.config.dtype = self.save_dtype
             self.module.lm.save_pretrained(folder, state_dict=state)
+
+
+if __name__ == "__main__":
+    from plan import main  # python policy.py --plan MODEL: what each GPU will hold
+    main()

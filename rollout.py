@@ -125,6 +125,7 @@ class VLLMEngine:
         """weights: an iterator of (Hugging Face name, full tensor), of which vLLM holds a layer's worth at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
+            torch.cuda.empty_cache()  # it takes its memory past PyTorch's allocator, which would keep what training had
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         if asleep:

@@ -1,13 +1,15 @@
 """What stands around the loop of a training run: its parts, put together; sampling; evaluation; its beginning and end."""
+import multiprocessing
 import os
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 import checkpoint
-from cli import Clock, Log, say
+from cli import Clock, Log, is_main, say
 from data import InputError, Problem, load_problems, load_tokenizer, render, split
 from eval import TEMPERATURE, TOP_P, benchmark_metrics, load_benchmark
 from inflight import InFlight
@@ -62,6 +64,7 @@ class Run:
             max_tokens=c.max_prompt_tokens + c.max_response_tokens, tensor_parallel=c.tensor_parallel,
             memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
         self.engine.sleep()
+        self.engine_memory = torch.cuda.memory_allocated()  # what it still seems to hold is none of training's
         self.in_flight = InFlight(self)
         self.policy = Policy(c.model, self.device, temperature=c.temperature, lr=c.lr, **c.training_options())
 
@@ -155,12 +158,41 @@ def begin(run, baseline):
     if problem:
         raise InputError(f"{run.config.output}: {problem}")
     begun = checkpoint.resume(run, baseline)
+    plan_memory(run, baseline)
     if problem := checkpoint.first_problem(lambda: logs.append(Log(run.config, begun))):
         raise InputError(f"{run.config.output}: cannot be written ({problem})")
     say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {run.config.model}; engine "
         f"{run.engine.name}; {dist.get_world_size()} x {run.device.type}; {len(run.problems):,} problems of "
         f"{run.config.dataset}, {len(run.held_out)} more held out")
     return begun, logs[0]
+
+
+def plan_memory(run, baseline):
+    """Where there is a GPU, has the memory of training planned, in a process of its own: on tensors and ranks that are fake."""
+    run.planned = None
+    if run.device.type == "cuda" and is_main():
+        import plan  # it counts what the files above this one do
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        kind = {"PromptCritic": "prompts", "TokenCritic": "responses"}.get(type(getattr(baseline, "critic", None)).__name__)
+        run.planned = pool.submit(plan.training_peak, run.config, kind, dist.get_world_size())
+        pool.shutdown(wait=False)
+        torch.cuda.reset_peak_memory_stats()
+
+
+def say_memory(run):
+    """Once, after the first step by whose end the planning is done: what training held of a GPU beside what was planned."""
+    if run.planned and run.planned.done():
+        if problem := run.planned.exception():
+            say(f"The memory of a GPU could not be planned ({type(problem).__name__}: {problem}); nothing depends on it")
+        else:
+            say(memory_line(run.planned.result(), torch.cuda.max_memory_allocated() - run.engine_memory))
+        run.planned = None
+
+
+def memory_line(planned, measured):
+    """planned, measured: bytes."""
+    return (f"Memory of a GPU at the peak of training, without vLLM's: {planned / 2**30:.1f} GiB planned for micro-batches "
+            f"that are full, {measured / 2**30:.1f} measured, {100 * (measured / planned - 1):+.0f} %")
 
 
 def next_batch(run, baseline, step):

@@ -31,7 +31,7 @@ import checkpoint
 from critic import PromptCritic, calibration
 from data import BUILTIN_MODEL, InputError
 from policy import check_model
-from run import Run, begin, evaluate, finish, next_batch
+from run import Run, begin, evaluate, finish, next_batch, say_memory
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Config(CommandLine):
     checkpoint_activations: bool = option(True, "recompute activations in the backward: a third more compute, far less memory")
     replicas: int = option(1, "copies of the sharded model, say one a node: weights are then gathered within it (HSDP)")
     offload: bool = option(False, "keep parameters and optimiser state in host memory")
+    offload_between: bool = option(False, "keep them there but for the one model that is being trained, which is faster")
     reward_workers: int = option(2, "verifier processes on each rank")
     reward_timeout: float = option(1.0, "seconds after which a verification is given up, and scores 0")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
@@ -98,6 +99,8 @@ class Config(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step {self.prompts_per_step}; "
                              "choose a divisor, or the same number for one optimiser step a rollout")
+        if self.offload and self.offload_between:
+            raise InputError("--offload and --offload-between: one keeps all models on the host, the other all but one; choose")
         if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
             raise InputError(f"--oversample {self.oversample}: must be 0 or more, and needs --old-logprobs rollout, since one "
                              "response may come from several policies")
@@ -112,7 +115,7 @@ class Config(CommandLine):
         """What policy and critics are trained with alike."""
         return {name: getattr(self, name) for name in (
             "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "checkpoint_activations", "offload",
-            "replicas", "trust_remote_code")}
+            "offload_between", "replicas", "trust_remote_code")}
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -274,6 +277,7 @@ def train(config, make_baseline):
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             evaluate(run, log, step)
         log.write(step, clock.total)
+        say_memory(run)
 
         # 7. From here the run could go on after a kill.
         stopping = stop.on_any_rank() and step < config.steps

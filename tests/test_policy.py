@@ -1,14 +1,21 @@
 """Micro-batches, ranks, memory and saving change nothing about what is learned."""
+import json
 import random
-import weakref
+import shutil
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import policy
-from data import BUILTIN_MODEL, load_tokenizer
+from critic import PromptCritic
+from data import BUILTIN_MODEL, InputError, load_tokenizer
+from plan import Count, LiveBytes, largest_budget, phases, shape_of
+from rollout import Response
+from run import Batch, memory_line, say_memory
+from sppo import Config, policy_step
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -57,6 +64,128 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(gradients, p
             assert difference < 1e-5, (name, difference)
 
 
+@pytest.mark.parametrize("ranks, replicas, offload, tied", [(2, 1, "offload", True), (4, 2, "", False)])
+def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied):
+    """The others are given a folder without any. Two replicas on four ranks: HSDP."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    for name in ("weights", "none"):
+        shutil.copytree(BUILTIN_MODEL, tmp_path / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    config = AutoConfig.from_pretrained(BUILTIN_MODEL)
+    config.num_hidden_layers, config.layer_types = 16, ["full_attention"] * 16
+    config.tie_word_embeddings, config.dtype = tied, torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "weights")
+    (tmp_path / "none" / "model.safetensors").unlink()
+    config.save_pretrained(tmp_path / "none")
+    done = run("tests/starting.py", tmp_path, tmp_path / "weights", tmp_path / "none", replicas, offload, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    for rank in range(ranks):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert got["save_dtype"] == torch.bfloat16 and got["tied"] == tied
+        base = model.base_model
+        for ours, theirs in ((got["weights"], model.named_parameters()), (got["critic"], base.named_parameters()),
+                             (got["buffers"], model.named_buffers()),  # rotary frequencies: in no file
+                             (got["critic_buffers"], base.named_buffers())):
+            theirs = dict(theirs)
+            assert ours.keys() == theirs.keys() and ours
+            assert all(torch.equal(ours[name], theirs[name].float()) for name in ours)
+        assert not any(part.any() for part in got["head"])
+        if rank and replicas == 1:
+            assert got["peak"] < 0.75 * got["size"]  # half of it for good, and a layer or two on their way
+
+
+def test_the_plan_is_what_a_step_really_holds():
+    """In a world of one, where a step can be taken: the same code on fake tensors, and with real numbers."""
+    done = run("tests/planning.py")
+    assert done.returncode == 0, done.stderr
+    for what, (planned, real) in json.loads(done.stdout.splitlines()[-1]).items():
+        print(what, planned, real)
+        assert planned == pytest.approx(real, rel=0.1), what
+
+
+def test_what_the_plan_adds_up(monkeypatch):
+    ours, its = Count(8, 8, 16, (6, 5), (20, 5)), Count(2, 2, 4, (3, 1), (9, 1))
+
+    def totals(*arguments):
+        return [sum(held.values()) for held in phases(*arguments).values()]
+    assert totals(ours, its, "", 40) == [30 + 40, 24 + 6 + 6, 32 + 20 + 6, 8 + 9 + 24]
+    assert totals(ours, its, "", 40, False) == [70, 76, 98, 81]
+    assert totals(ours, its, "--offload", 40) == [40, 6, 20, 9]
+    assert totals(ours, its, "--offload-between", 40) == [40, 8 + 6, 32 + 20, 8 + 9]
+    assert totals(ours, None, "", 40) == [24 + 40, 24 + 6, 32 + 20]
+    plans = {1000: phases(ours, its, "", 40),
+             2000: phases(Count(8, 8, 16, (7, 5), (30, 5)), Count(2, 2, 4, (4, 1), (10, 1)), "", 40)}
+    assert largest_budget(plans, 73) == 2304  # the policy's update has 58, and 10 more for every 1,000 tokens
+    assert largest_budget(plans, 47) == 0
+    said = []
+    monkeypatch.setattr("run.say", said.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11 * 2**30)
+    run_ = SimpleNamespace(planned=None, engine_memory=2 * 2**30)
+    say_memory(run_)
+    run_.planned = Future()
+    say_memory(run_)  # not yet
+    assert not said
+    run_.planned.set_result(10 * 2**30)
+    say_memory(run_)
+    say_memory(run_)
+    assert said == [memory_line(10 * 2**30, 9 * 2**30)]
+    run_.planned = Future()
+    run_.planned.set_exception(ValueError("odd model"))
+    say_memory(run_)
+    assert "could not be planned (ValueError: odd model)" in said[1]
+    assert memory_line(10 * 2**30, 9 * 2**30).endswith("10.0 GiB planned for micro-batches that are full, 9.0 measured, -10 %")
+    assert shape_of("Qwen/Qwen3-8B").head_dim == 128
+    with pytest.raises(InputError, match="is neither a folder with a config.json nor a model on the hub"):
+        shape_of("no/such")
+
+
+def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, monkeypatch):
+    """Where the device is the host, moves go nowhere; but they are made."""
+    moves, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, where: moves.append(
+        (type(module).__name__, "to host" if where == "cpu" and isinstance(where, str) else "to device")) or to(module, where))
+    prompts, rng = [[1, 2, 3], [4, 5]], random.Random(0)
+    responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (7, 4)]
+
+    def train(between):
+        options = dict(lr=1e-3, dtype="float32", checkpoint_activations=False, offload_between=between)
+        ours = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, **options)
+        its = PromptCritic(BUILTIN_MODEL, device, minibatch=2, **options)
+        batch = Batch([None] * 2, prompts, responses, torch.tensor([0.0, 1.0]))
+        for _ in range(2):
+            batch.old_logprobs = ours.logprobs(batch.sequences)
+            logits = its.logits(prompts)
+            for _ in range(2):
+                policy_step(ours, batch, slice(0, 2), torch.tensor([-1.0, 1.0]), Config())
+            its.update(prompts, batch.rewards)
+            weights = dict(ours.weights())
+        return [logits, *weights.values(), *(tensor.full_tensor() for model in (ours, its) for state in model.state_dict()[
+            "parameters"].values() for tensor in (state["weight"], state["exp_avg"], state["exp_avg_sq"]))]
+
+    without, none = train(False), moves.copy()
+    with_it = train(True)
+    assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True)) and not none
+    a, b = "FSDPLogProbModel", "FSDPValueModel"
+    assert moves == [(a, "to host"), (b, "to host")] + 2 * [
+        (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host"),  # they infer
+        (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host")]  # they learn; and the engine gets the weights
+    with pytest.raises(InputError, match="--offload and --offload-between"):
+        Config(offload=True, offload_between=True).check()
+
+
+def test_a_model_that_moves_takes_everything_along(device):
+    """Here to `meta`, the one other device that every machine has."""
+    trained = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32")
+    trained.state_dict()
+    before = [*trained.module.parameters()]
+    trained.move("meta")
+    after, known = [*trained.module.parameters()], trained.optimizer.param_groups[0]["params"]
+    assert all(p.to_local().is_meta for p in after)
+    assert all(a is b is c for a, b, c in zip(before, after, known, strict=True))  # or the optimiser would step elsewhere
+    moments = [tensor for p in after for tensor in trained.optimizer.state[p].values()]
+    assert len(moments) == 3 * len(after) and all(tensor.is_meta for tensor in moments)
+
+
 @pytest.mark.parametrize("heads, shared", [(4, 1), (6, 3)])
 def test_attention_on_a_cpu_is_pytorchs(heads, shared):
     torch.manual_seed(0)
@@ -75,29 +204,6 @@ def test_attention_on_a_cpu_is_pytorchs(heads, shared):
     (naive * direction).sum().backward()
     for x, y in zip((q, k, v), in_full, strict=True):
         assert (x.grad - y.grad).norm() / y.grad.norm() < 0.02
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made within it held at once. Not the process's memory, which depends on its allocator."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.seen = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        return result
-
-    def freed(self, which, size):
-        self.seen.discard(which)
-        self.live -= size
 
 
 def peak(tokens, how):

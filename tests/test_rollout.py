@@ -3,7 +3,7 @@ import importlib.util
 import json
 
 import pytest
-from conftest import run
+from conftest import metrics, run
 
 pytestmark = pytest.mark.xdist_group("rollout")  # of tests that share a session's fixture, on one worker
 
@@ -37,3 +37,35 @@ def test_temperatures_and_seeds(report):
     assert report["mixed"][24:] != report["greedy"][0][24:]
     assert report["seeded"][0] == report["seeded"][1]
     assert set(report["many"]) == {3}
+
+
+@pytest.fixture(scope="module")
+def shared_engines(tmp_path_factory):
+    """What four ranks asked of vLLM in two steps of training, when two neighbours share an engine."""
+    output = tmp_path_factory.mktemp("shared")
+    done = run("tests/fake_vllm.py", output, "--steps", 2, "--prompts-per-step", 8, "--minibatch", 4, "--eval-problems", 6,
+               "--eval-every", 2, "--tensor-parallel", 2, "--offload-between", "--output", output / "run", ranks=4)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(4)], metrics(output / "run")
+
+
+def test_vllm_sleeps_while_others_train_and_wakes_for_new_weights(shared_engines):
+    awake = ["wake weights", "reload_weights 38", "wake kv_cache", "reset_prefix_cache"]
+    for seen in shared_engines[0]:
+        assert seen["events"] == ["init", "sleep 2", *awake, "generate", "generate", "sleep 2", *awake,  # first evaluates
+                                  "generate", "sleep 2", *awake, "generate", "shutdown"]  # after step 2, evaluates again
+        assert not seen["resident"]  # with --offload-between, no model is on the device while vLLM samples
+
+
+def test_neighbours_that_share_an_engine_ask_the_same_of_it_and_count_once(shared_engines):
+    ranks, lines = shared_engines
+    assert [seen["seed"] for seen in ranks] == [0, 0, 1, 1]
+    assert ranks[0]["requests"] == ranks[1]["requests"] and ranks[2]["requests"] == ranks[3]["requests"]
+    for one, two, size in zip(ranks[0]["requests"], ranks[2]["requests"], (6, 8, 8, 6), strict=True):
+        assert len(one) == len(two) == size // 2
+        assert all(seed is not None for _, seed in one + two)
+        assert len({tuple(prompt) for prompt, _ in one + two}) == len({seed for _, seed in one + two}) == size
+    for step in range(2):
+        batches = [seen["batches"][step] for seen in ranks]
+        assert batches[0] == batches[1] == batches[2] == batches[3] and len(batches[0]) == 8
+    assert all(line["reward/timeouts"] == 2 for line in lines[1:])  # one on each of four ranks, of two engines

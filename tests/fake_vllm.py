@@ -1,0 +1,100 @@
+"""Run by test_rollout.py under torchrun: sppo.py with vLLM as on a GPU, of which only the interface is there. It notes what it
+is asked, and lets nobody sample from an engine that sleeps. What it writes depends on prompt and seed alone."""
+import json
+import random
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import sppo
+
+# isort: split
+import torch
+import torch.distributed as dist
+
+import policy
+import run
+from rollout import VLLMEngine
+
+seen = dict(events=[], requests=[], batches=[], resident=[], seed=None)
+
+
+class LLM:
+    def __init__(self, model, *, seed, tensor_parallel_size, enable_sleep_mode, **options):
+        assert enable_sleep_mode and tensor_parallel_size == 2
+        self.llm_engine = self.engine_core = self
+        self.awake, self.waiting, seen["seed"] = {"weights", "kv_cache"}, {}, seed
+        seen["events"].append("init")
+
+    def is_sleeping(self):
+        return len(self.awake) < 2
+
+    def sleep(self, level):
+        self.awake = set()
+        seen["events"].append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.awake |= {*tags}
+        seen["events"].append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, name, kwargs):
+        assert "weights" in self.awake
+        seen["events"].append(f"{name} {sum(1 for _ in kwargs['weights_iterator'])}")
+
+    def reset_prefix_cache(self):
+        assert not self.is_sleeping()
+        seen["events"].append("reset_prefix_cache")
+
+    def add_request(self, number, prompt, params):
+        assert not self.is_sleeping()
+        if not self.waiting:
+            seen["events"].append("generate")
+            seen["requests"].append([])
+        self.waiting[number] = prompt["prompt_token_ids"], params.seed
+        seen["requests"][-1].append(self.waiting[number])
+        seen["resident"] += [type(policy.Trained.resident).__name__] if policy.Trained.resident else []
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def step(self):
+        assert not self.is_sleeping()
+        number, asked = self.waiting.popitem()
+        rng = random.Random(repr(asked))
+        ids = [rng.randrange(256) for _ in range(rng.randint(1, 20))]
+        logprobs = SimpleNamespace(logprobs=[-1.0] * len(ids), start_indices=range(len(ids)))
+        return [SimpleNamespace(request_id=number, finished=True, outputs=[SimpleNamespace(
+            token_ids=ids, logprobs=logprobs, finish_reason="stop")])]
+
+    def abort_request(self, numbers):
+        assert not numbers
+
+    def shutdown(self):
+        seen["events"].append("shutdown")
+
+
+class Noted(sppo.SPPO):
+    def __init__(self, run):
+        super().__init__(run)
+        run.verifier.timeouts = 1
+
+    def advantages(self, batch):
+        seen["batches"].append([r.ids for r in batch.responses])
+        return super().advantages(batch)
+
+
+vllm = sys.modules["vllm"] = ModuleType("vllm")
+vllm.__version__, vllm.LLM, vllm.SamplingParams = "of a test", LLM, SimpleNamespace
+vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(DELTA=0, FINAL_ONLY=1))
+run.make_engine = lambda kind, model, device, **options: VLLMEngine(model, torch.device("cuda"), **options)
+output, *arguments = sys.argv[1:]
+end = dist.destroy_process_group
+
+
+def note():
+    Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+    end()
+
+
+dist.destroy_process_group = note
+sppo.train(sppo.Config.parse(None, arguments), Noted)

@@ -1,0 +1,30 @@
+"""Run by test_policy.py: bytes planned (on fake tensors) and really held, of small models and their steps, in bfloat16 with
+checkpointed activations."""
+import json
+
+import torch
+import torch.distributed as dist
+from transformers import Qwen2Config
+
+from plan import count, fake_world
+from policy import init_distributed
+
+SHAPES = {name: Qwen2Config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+                            num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=tied, dtype=torch.bfloat16)
+          for name, hidden, layers, vocabulary, tied in (("wide", 256, 2, 1000, True), ("deep", 64, 6, 5000, False))}
+CASES = [("policy", "wide", 300), ("policy", "deep", 1200), ("prompts", "wide", 200), ("responses", "deep", 600)]
+
+
+def counts(fake):
+    return {case: count(case[0], SHAPES[case[1]], case[2], fake=fake) for case in CASES}
+
+
+init_distributed()
+real = counts(fake=False)
+dist.destroy_process_group()
+fake_world(1)
+planned = counts(fake=True)
+columns = {"at rest": lambda c: c.weights + c.optimizer, "inferring": lambda c: c.infer[0],
+           "updating": lambda c: c.update[0], "gathered": lambda c: c.update[1]}
+print(json.dumps({f"{' '.join(map(str, case))} {what}": (pick(planned[case]), pick(real[case]))
+                  for case in CASES for what, pick in columns.items()}))

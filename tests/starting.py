@@ -1,0 +1,27 @@
+"""Run by test_policy.py under torchrun: starts a policy and a critic from folder A on rank 0 and from folder B elsewhere, where
+no weights are. Writes each rank's gathered weights, buffers, and the most bytes that its tensors held at once."""
+import sys
+
+import torch
+import torch.distributed as dist
+
+from critic import ValueModel
+from plan import LiveBytes
+from policy import Policy, Trained, init_distributed
+
+output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5] == "offload"
+device = init_distributed()
+folder = without if dist.get_rank() else with_weights
+options = dict(lr=1e-3, dtype="float32", replicas=replicas, offload=offload)
+with LiveBytes() as memory:
+    policy = Policy(folder, device, temperature=1.0, **options)
+peak = memory.peak
+critic = Trained(ValueModel(folder), device, **options)
+lm, backbone = policy.module.lm, critic.module.backbone
+torch.save({"peak": peak, "size": 4 * policy.size, "save_dtype": policy.save_dtype,
+            "tied": lm.get_input_embeddings().weight is lm.get_output_embeddings().weight,
+            "weights": dict(policy.weights()), "buffers": dict(lm.named_buffers()),
+            "critic": {name: p.detach().full_tensor() for name, p in backbone.named_parameters()},
+            "head": [p.detach().full_tensor() for p in critic.module.head.parameters()],
+            "critic_buffers": dict(backbone.named_buffers())}, f"{output}/{dist.get_rank()}.pt")
+dist.destroy_process_group()
