@@ -85,11 +85,11 @@ def memory(device, peak=False):
 def random_model(shape, folder):
     """A Hugging Face folder with random weights of a published shape, and the built-in tokenizer."""
     from transformers import AutoModelForCausalLM
-    shutil.copytree(BUILTIN_MODEL, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "*.py", "__pycache__"))
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(shape_of(shape))
     model.bfloat16().save_pretrained(folder)
+    load_tokenizer(BUILTIN_MODEL).save_pretrained(folder)
 
 
 # ---- one step by phase ----------------------------------------------------------------------------------------------
