@@ -74,7 +74,7 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
     """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
     `tokens`: the longest sequence that it will have to read; `options`: what sets them."""
     check_found(model)
-    if os.path.isdir(model) and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
+    if os.path.isfile(f"{model}/config.json") and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
         raise InputError(f"{model}: has no .safetensors file; weights in other formats can run code when they are read, so "
                          "convert them first (transformers' save_pretrained writes safetensors)")
     try:

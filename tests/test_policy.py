@@ -176,7 +176,8 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
 def test_a_model_that_moves_takes_everything_along(device):
     """Here to `meta`, the one other device that every machine has."""
     trained = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32")
-    trained.state_dict()
+    batch = Batch([None], [[1, 2]], [Response([3, 4, 5], [-1.0] * 3, True)], torch.ones(1))
+    policy_step(trained, batch, slice(0, 1), torch.ones(1), Config())
     before = [*trained.module.parameters()]
     trained.move("meta")
     after, known = [*trained.module.parameters()], trained.optimizer.param_groups[0]["params"]
