@@ -185,7 +185,7 @@ def chain_problem(rng, min_ops=2, max_ops=6):
     return f"Compute {text} modulo 10.", str(value)
 
 
-def walk_problem(rng, least=30, most=80):
+def walk_problem(rng, least=20, most=40):
     """`least` to `most` equal steps modulo 10: no step is hard, but the answer needs hundreds of tokens without a slip."""
     start, stride, count = rng.randrange(10), rng.randrange(1, 10), rng.randint(least, most)
     return f"Start at {start} and add {stride}, {count} times, modulo 10.", str((start + stride * count) % 10)

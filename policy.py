@@ -29,8 +29,6 @@ from data import InputError, load_tokenizer
 
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
-
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -47,13 +45,14 @@ def init_distributed() -> torch.device:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    device, backend = torch.device("cpu"), "cpu:gloo"
-    with contextlib.suppress(AttributeError, OSError):  # glibc's: do not give large tensors' memory back and fault it in again
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "cpu:gloo"
+        with contextlib.suppress(AttributeError, OSError):  # glibc keeps large tensors' memory, or each faults it in again
+            for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+                ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     # Ranks wait for the slowest rollout, which may take many minutes.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device

@@ -61,14 +61,15 @@ def chain(rng, max_ops=6, error_rate=1 / 6):
     return question, "".join(lines) + f"\\boxed{{{value}}}"
 
 
-def walk(rng, least=30, most=80, error_rate=1 / 80):
+def walk(rng, least=20, most=40, error_rate=1 / 50):
     """Each step of the walk on a line of its own, numbered."""
     question, _ = walk_problem(rng, least, most)
     value, stride, count = (int(word.strip(",")) for word in question.split() if word.strip(",").isdigit() and word != "10.")
     lines = []
     for i in range(1, count + 1):
-        value = slip((value + stride) % 10, error_rate, rng)
-        lines.append(f"{i}:{value}\n")
+        result = slip((value + stride) % 10, error_rate, rng)
+        lines.append(f"{i}:{value}+{stride}={result}\n")
+        value = result
     return question, "".join(lines) + f"\\boxed{{{value}}}"
 
 
@@ -82,9 +83,9 @@ MODELS = {
         dict(steps=900, batch=128, weight_decay=0.0, example=chain))),
     "small": dict(folder=FOLDER / "small", hidden_size=48, intermediate_size=128, num_hidden_layers=2, stages=(
         dict(steps=500, batch=128, weight_decay=0.0, example=chain),)),
-    "walk": dict(folder=FOLDER / "walk", hidden_size=96, intermediate_size=256, num_hidden_layers=3, stages=(
-        dict(steps=350, batch=96, weight_decay=0.1, example=lambda rng: walk(rng, 1, 15, error_rate=0.0)),
-        dict(steps=350, batch=24, weight_decay=0.0, example=walk)))}
+    "walk": dict(folder=FOLDER / "walk", base=FOLDER, stages=(  # from the demo's model, which can add
+        dict(steps=150, batch=64, weight_decay=0.0, example=lambda rng: walk(rng, 1, 12, error_rate=0.0)),
+        dict(steps=200, batch=24, weight_decay=0.0, example=walk)))}
 
 
 def teach(model, tokenizer, stages, lr, seed=1):
@@ -120,14 +121,14 @@ def teach(model, tokenizer, stages, lr, seed=1):
 def main(name):
     torch.manual_seed(0)
     tokenizer, settings = make_tokenizer(), dict(MODELS[name])
-    folder, stages = settings.pop("folder"), settings.pop("stages")
-    model = Qwen2ForCausalLM(Qwen2Config(
+    folder, stages, base = settings.pop("folder"), settings.pop("stages"), settings.pop("base", None)
+    model = Qwen2ForCausalLM.from_pretrained(base) if base else Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, dtype="float32",
         **settings))
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    teach(model, tokenizer, stages, LR)
+    teach(model, tokenizer, stages, LR / 3 if base else LR)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

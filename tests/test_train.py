@@ -177,7 +177,7 @@ def test_everything_the_readme_names_exists():
         assert (ROOT / name).exists(), name
     options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {
         "nproc-per-node", "help", "logdir", "nnodes", "shutdown-timeout", "no-checkpoint-activations", "no-normalize"}
-    configs = [importlib.import_module(script).Config for script in ("sppo", "grpo", "ppo", "spo", "eval")]
+    configs = [importlib.import_module(script).Config for script in ("sppo", "grpo", "ppo", "spo", "eval", "race", "plan")]
     configs += [value for name, value in vars(importlib.import_module("bench")).items() if name.endswith("Config")]
     known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
     assert options <= known
