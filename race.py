@@ -7,7 +7,8 @@
 
 Every run is a command that a user could give, in a process of its own; they take turns, so that a busy machine hurts
 all alike. All have the same loop, engine, optimiser, prompts per step and evaluation. What differs is the algorithm and
-its learning rate, chosen for each from the same grid by runs of half the length on a seed that the race does not use.
+its learning rate, chosen for each from the same grid by whole runs on a seed that the race does not use (runs of half the
+length chose rates that later diverged); with one rate in --lrs, all have that one.
 Time is that of training steps: evaluations are no part of it.
 """
 import json
@@ -45,7 +46,7 @@ class Config(CommandLine):
     output: str = option("runs/race", "folder of the runs")
     results: str | None = option(None, "folder for race.json, figures and tables [built-in models: results; else --output]")
     seeds: int = option(3, "runs of each algorithm")
-    lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates that each algorithm is tried with")
+    lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates that each algorithm is tried with, or one for all")
     steps: int = option(400, "training steps")
     group_steps: int = option(100, "training steps of GRPO and RLOO, which sample eight times as much in each")
     prompts_per_step: int = option(256, "prompts of a step, for all")
@@ -74,11 +75,10 @@ class Config(CommandLine):
 def race(c, extra):
     """Runs what has not run yet. Returns what race.json holds."""
     names = [n for n in ALGORITHMS if c.small_critic or n != "SPPO, small critic"]
-    lrs, grid, long = dict.fromkeys(names, c.lrs[len(c.lrs) // 2]), [], []
+    lrs, grid, long, seeds = dict.fromkeys(names, c.lrs[len(c.lrs) // 2]), [], [], range(c.seeds)
     if c.quick:
         names, seeds = ["SPPO", "GRPO"], range(1)
-    else:
-        seeds = range(c.seeds)
+    elif len(c.lrs) > 1:
         grid = run_all((c, extra, name, lr, c.seeds, "grid") for lr in c.lrs for name in names)
         for name in names:
             lrs[name] = max(of(grid, name), key=lambda run: smooth(run["accuracy"])[-1])["lr"]
@@ -100,13 +100,12 @@ def one_run(c, extra, name, lr, seed, part):
     """The record of one run, which is made unless the same command has run before: accuracy over seconds, and metrics."""
     share = GROUP if name == EQUAL else 1
     steps = c.long_steps if part == "long" else c.group_steps if name in ("GRPO", "RLOO") else c.steps
-    steps = max(1, steps // 2) if part == "grid" else steps
     command = [
         *ALGORITHMS[name][0], *(["--critic-model", c.small_critic] if name == "SPPO, small critic" else []),
         *(["--model", f"{BUILTIN_MODEL}/walk", "--dataset", "walk", "--max-response-tokens", 440] if part == "long" else
           ["--model", c.model, "--dataset", c.dataset]),
         "--lr", lr, "--seed", seed, "--steps", steps, "--save-every", 0,
-        "--eval-every", max(1, round(steps / c.evaluations * (2 if part == "grid" else 1))),
+        "--eval-every", max(1, steps // c.evaluations),
         "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
     folder = Path(c.output) / "-".join([part, *name.replace(",", "").replace(" + ", " ").split(), lr, str(seed)])
     lines = metrics_of(folder, command, c.ranks)
@@ -307,7 +306,7 @@ def report(results):
     if results["long"]:
         parts += ["\nLong responses (`walk`):\n", table(results["long"])]
     if results["grid"]:
-        parts += ["\nThe grid: smoothed accuracy at the end of runs of half the length, on a seed of its own.\n",
+        parts += ["\nThe grid: smoothed accuracy at the end, on a seed of its own.\n",
                   grid_table(results["grid"])]
     return "\n".join(parts) + "\n"
 

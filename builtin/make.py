@@ -85,7 +85,7 @@ MODELS = {
         dict(steps=500, batch=128, weight_decay=0.0, example=chain),)),
     "walk": dict(folder=FOLDER / "walk", base=FOLDER, stages=(  # from the demo's model, which can add
         dict(steps=150, batch=64, weight_decay=0.0, example=lambda rng: walk(rng, 1, 12, error_rate=0.0)),
-        dict(steps=200, batch=24, weight_decay=0.0, example=walk)))}
+        dict(steps=500, batch=24, weight_decay=0.0, example=walk)))}
 
 
 def teach(model, tokenizer, stages, lr, seed=1):
