@@ -282,15 +282,12 @@ def rambling_model(folder):
     """The built-in model, fine-tuned to go on after its answer with a row of dots whose length is log-normal (median 16,
     sigma 1.4, at most 1000): lengths with the long tail of a reasoning model's, on a task that can be learned."""
     sys.path.insert(0, str(ROOT / "builtin"))
-    from make import chain, teach
+    from make import rambling, teach
     from transformers import AutoModelForCausalLM
-
-    def example(rng):
-        question, answer = chain(rng)
-        return question, answer + "." * min(1000, int(rng.lognormvariate(math.log(16), 1.4)))
     tokenizer, model = load_tokenizer(BUILTIN_MODEL), AutoModelForCausalLM.from_pretrained(BUILTIN_MODEL)
     model.config.max_position_embeddings = 1200
-    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=example)], lr=1e-3)
+    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=lambda rng: rambling(rng, 16, 1.4, 1000))],
+          lr=1e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

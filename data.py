@@ -38,7 +38,6 @@ def load_problems(spec, size=20_000, seed=0):
     """All problems of `spec`, in their source's order, duplicates removed:
 
         chain or chain:SIZE         the built-in task (`size` problems, generated from `seed`)
-        walk or walk:SIZE           the same with answers of hundreds of tokens, for the model in builtin/walk
         reasoning_gym:NAME          procedural problems (`size` of them; pip install reasoning-gym)
         FILE.jsonl, FILE.parquet    one problem a row
         HUB/NAME[/CONFIG][:SPLIT]   a hub dataset; the split is `train` unless named
@@ -46,8 +45,8 @@ def load_problems(spec, size=20_000, seed=0):
     Raises InputError, naming the file and the row, for what cannot be read.
     """
     name, _, argument = spec.partition(":")
-    if name in BUILTIN_TASKS and (not argument or argument.isdigit()):
-        rows = builtin_rows(name, int(argument or size), seed)
+    if name == "chain" and (not argument or argument.isdigit()):
+        rows = chain_rows(int(argument or size), seed)
     elif name == "reasoning_gym":
         rows = reasoning_gym_rows(argument, size, seed)
     elif spec.endswith((".jsonl", ".parquet")):
@@ -172,7 +171,7 @@ def render(messages, tokenizer):
     return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
 
 
-# ---- the built-in tasks ---------------------------------------------------------------------------------------------
+# ---- the built-in task ----------------------------------------------------------------------------------------------
 
 def chain_problem(rng, min_ops=2, max_ops=6):
     """One chain of additions and subtractions modulo 10. More operations, more chances to slip: difficulty varies."""
@@ -185,17 +184,8 @@ def chain_problem(rng, min_ops=2, max_ops=6):
     return f"Compute {text} modulo 10.", str(value)
 
 
-def walk_problem(rng, least=20, most=40):
-    """`least` to `most` equal steps modulo 10: no step is hard, but the answer needs hundreds of tokens without a slip."""
-    start, stride, count = rng.randrange(10), rng.randrange(1, 10), rng.randint(least, most)
-    return f"Start at {start} and add {stride}, {count} times, modulo 10.", str((start + stride * count) % 10)
-
-
-BUILTIN_TASKS = {"chain": chain_problem, "walk": walk_problem}
-
-
-def builtin_rows(name, size, seed):
+def chain_rows(size, seed):
     rng = random.Random(seed)
     for _ in range(size):
-        question, answer = BUILTIN_TASKS[name](rng)
+        question, answer = chain_problem(rng)
         yield {"problem": question, "answer": answer}

@@ -52,7 +52,7 @@ class Config(CommandLine):
     prompts_per_step: int = option(256, "prompts of a step, for all")
     minibatch: int = option(64, "prompts of an optimiser step, for all")
     evaluations: int = option(20, "evaluations in a run")
-    long_steps: int = option(0, "training steps of the second race, over long responses of builtin/walk; 0: none")
+    long_steps: int = option(0, "training steps of the second race, over the long responses of builtin/long; 0: none")
     ranks: int = option(1, "processes of each run (torchrun)")
     jobs: int = option(1, "runs at once; no more than there are idle cores, or times mean nothing")
     quick: bool = option(False, "one seed of SPPO and GRPO, at the middle learning rate")
@@ -102,8 +102,8 @@ def one_run(c, extra, name, lr, seed, part):
     steps = c.long_steps if part == "long" else c.group_steps if name in ("GRPO", "RLOO") else c.steps
     command = [
         *ALGORITHMS[name][0], *(["--critic-model", c.small_critic] if name == "SPPO, small critic" else []),
-        *(["--model", f"{BUILTIN_MODEL}/walk", "--dataset", "walk", "--max-response-tokens", 440] if part == "long" else
-          ["--model", c.model, "--dataset", c.dataset]),
+        *(["--model", f"{BUILTIN_MODEL}/long", "--max-response-tokens", 600] if part == "long" else ["--model", c.model]),
+        "--dataset", c.dataset,
         "--lr", lr, "--seed", seed, "--steps", steps, "--save-every", 0,
         "--eval-every", max(1, steps // c.evaluations),
         "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
@@ -304,7 +304,7 @@ def report(results):
     parts = [f"`python race.py` on {results['machine']}, {seeds} seeds: means ± half of the 95 % interval, or medians [lowest, "
              f"highest]. Accuracy is smoothed over {WINDOW} evaluations.\n", table(results["race"])]
     if results["long"]:
-        parts += ["\nLong responses (`walk`):\n", table(results["long"])]
+        parts += ["\nLong responses (`builtin/long`):\n", table(results["long"])]
     if results["grid"]:
         parts += ["\nThe grid: smoothed accuracy at the end, on a seed of its own.\n",
                   grid_table(results["grid"])]

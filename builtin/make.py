@@ -2,12 +2,13 @@
 
     python builtin/make.py            # the demo's model, 14 minutes on 2 busy cores; rewrites the checkpoint in this folder
     python builtin/make.py small      # builtin/small: a critic of a fifth of its size, for the same task
-    python builtin/make.py walk       # builtin/walk: the same size, for a task whose answers are hundreds of tokens long
+    python builtin/make.py long       # builtin/long: the demo's model, gone on to ramble for hundreds of tokens
 
 They are trained on demonstrations some of whose steps are wrong, so at temperature 1 they know the method but are right
 only about half of the time. That is the state in which reinforcement learning finds a reasoning model: the reward has
 something to separate, and longer chains are harder, so a critic has something to learn.
 """
+import math
 import random
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
-from data import BOXED_SUFFIX, chain_problem, render, walk_problem  # noqa: E402
+from data import BOXED_SUFFIX, chain_problem, render  # noqa: E402
 
 LR = 3e-3
 
@@ -61,16 +62,10 @@ def chain(rng, max_ops=6, error_rate=1 / 6):
     return question, "".join(lines) + f"\\boxed{{{value}}}"
 
 
-def walk(rng, least=20, most=40, error_rate=1 / 50):
-    """Each step of the walk on a line of its own, numbered."""
-    question, _ = walk_problem(rng, least, most)
-    value, stride, count = (int(word.strip(",")) for word in question.split() if word.strip(",").isdigit() and word != "10.")
-    lines = []
-    for i in range(1, count + 1):
-        result = slip((value + stride) % 10, error_rate, rng)
-        lines.append(f"{i}:{value}+{stride}={result}\n")
-        value = result
-    return question, "".join(lines) + f"\\boxed{{{value}}}"
+def rambling(rng, median, sigma, most):
+    """A chain that goes on after its answer with a row of dots, whose length is log-normal."""
+    question, answer = chain(rng)
+    return question, answer + "." * min(most, int(rng.lognormvariate(math.log(median), sigma)))
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -83,9 +78,8 @@ MODELS = {
         dict(steps=900, batch=128, weight_decay=0.0, example=chain))),
     "small": dict(folder=FOLDER / "small", hidden_size=48, intermediate_size=128, num_hidden_layers=2, stages=(
         dict(steps=500, batch=128, weight_decay=0.0, example=chain),)),
-    "walk": dict(folder=FOLDER / "walk", base=FOLDER, stages=(  # from the demo's model, which can add
-        dict(steps=150, batch=64, weight_decay=0.0, example=lambda rng: walk(rng, 1, 12, error_rate=0.0)),
-        dict(steps=500, batch=24, weight_decay=0.0, example=walk)))}
+    "long": dict(folder=FOLDER / "long", base=FOLDER, stages=(
+        dict(steps=200, batch=32, weight_decay=0.0, example=lambda rng: rambling(rng, 200, 0.5, 500)),))}
 
 
 def teach(model, tokenizer, stages, lr, seed=1):
@@ -127,6 +121,8 @@ def main(name):
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, dtype="float32",
         **settings))
+    if base:
+        model.config.max_position_embeddings = 1024
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     teach(model, tokenizer, stages, LR / 3 if base else LR)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -1,10 +1,13 @@
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -26,26 +29,45 @@ forks.set_forkserver_preload([  # what cannot be imported is passed over
 
 
 def run(*arguments, ranks=0, timeout=600):
-    """Runs a command as a user would: `python ...`, or `torchrun --nproc-per-node ranks ...`."""
-    arguments = [str(argument) for argument in arguments]
-    if not ranks:
-        return forked(arguments, timeout)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    """Runs `python ARGUMENTS` as a user would, on `ranks` processes as torchrun would place them if it is not 0. They are
+    forked from one that has imported everything: imports are most of a short run."""
+    arguments, places = [str(argument) for argument in arguments], [{}]
+    if ranks:
+        port = str(free_port())
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        processes = [forks.Process(target=become, args=(arguments, environment() | place, [str(file) for file in files]))
+                     for place in places]
+        for process in processes:
+            process.start()
+        try:
+            until = time.monotonic() + timeout
+            while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+                if time.monotonic() > until:
+                    raise subprocess.TimeoutExpired(arguments, timeout)
+                multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], 1)
+            code = next((process.exitcode for process in processes if process.exitcode), 0)
+        finally:
+            for process in processes:  # of those that wait for one that has failed
+                process.kill()
+                process.join()
+        return types.SimpleNamespace(args=arguments, returncode=code,
+                                     **{file.name: file.read_text() if file.exists() else "" for file in files})
+
+
+def torchrun(*arguments, ranks, timeout=600):
+    """The same through torchrun itself, whose processes import everything anew."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+               *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def forked(arguments, timeout):
-    """`python ARGUMENTS`, in a process forked from one that has imported everything: imports are most of a short run."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = forks.Process(target=become, args=(arguments, environment(), [str(file) for file in files]))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        return types.SimpleNamespace(args=arguments, returncode=process.exitcode,
-                                     **{file.name: file.read_text() if file.exists() else "" for file in files})
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def become(arguments, variables, outputs):

@@ -1,6 +1,5 @@
 """Problems from every source, and one clear sentence for what cannot be read."""
 import json
-import re
 
 import pytest
 from conftest import SHARED
@@ -77,9 +76,6 @@ def test_builtin_problems_are_right_and_repeatable():
         chain = problem.messages[0]["content"].split()[1]
         assert str(eval(chain) % 10) == problem.answer
     assert len({len(p.messages[0]["content"]) for p in problems}) >= 5  # difficulty varies
-    for problem in load_problems("walk:200"):
-        start, stride, count = map(int, re.findall(r"\d+", problem.messages[0]["content"])[:3])
-        assert str((start + stride * count) % 10) == problem.answer and 20 <= count <= 40
 
 
 def test_split_is_disjoint_and_holds_out_a_fifth_at_most():
