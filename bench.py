@@ -28,6 +28,7 @@ from cli import CommandLine, clear_errors, option, say
 
 # isort: split
 import torch
+import torch.distributed as dist
 
 from data import BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render
 from plan import SHAPES, shape_of
@@ -116,7 +117,7 @@ class Measured(sppo.SPPO):
     def __init__(self, run):
         super().__init__(run)
         self.seen, self.held, c = [], [], run.config  # per step: tokens, with padding, of responses; and memory after it
-        self.rates = [matmul_rate(run.device)]
+        self.rates = [matmul_rate(run.device, getattr(torch, c.dtype))]
         if c.response_lengths:
             median, _, sigma = c.response_lengths.partition(":")
             rng, generate, run.engine.stop = random.Random(c.seed), run.engine.generate, []
@@ -132,7 +133,9 @@ class Measured(sppo.SPPO):
         size, c = self.run.config.minibatch, self.run.config
         padded = sum(len(rows) * max(lengths[i : i + size][row] for row in rows) for i in range(0, len(lengths), size)
                      for rows in micro_batches(lengths[i : i + size], c.micro_batch_tokens) if rows)
-        self.seen.append((sum(lengths), padded, int(batch.lengths.sum())))
+        padded = torch.tensor(padded)
+        dist.all_reduce(padded)  # each rank counted its own rows
+        self.seen.append((sum(lengths), int(padded), int(batch.lengths.sum())))
         return super().advantages(batch)
 
     def update(self, batch):
@@ -155,12 +158,13 @@ def step(arguments):
         return it
     sppo.train(config, make)
     run = it.run
-    it.rates.append(matmul_rate(run.device))
+    it.rates.append(matmul_rate(run.device, getattr(torch, config.dtype)))
     rate, lm = statistics.mean(it.rates), run.policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
     size = run.policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()][1:]
-    products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device)
+    products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device,
+                             getattr(torch, config.dtype))
     warm = slice(1, None) if len(lines) > 1 else slice(None)  # the first step allocates, compiles and warms caches
     lines, seen = lines[warm], it.seen[warm]
     tokens, padded, generated = (statistics.mean(column) for column in zip(*seen, strict=True))
@@ -313,11 +317,11 @@ def stragglers(arguments):
             say(f"  seed {seed}  {name:<24} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
                 f"{lines[-1]['eval_accuracy']:.3f}")
     say(f"\n{c.steps} steps of {c.prompts} responses, {c.seeds} seeds: mean [lowest, highest]\n")
-    say(f"{'':<24}{'responses/s':>24}{'rollout s a step':>20}{'accuracy':>24}{'tokens trained on':>20}")
+    say(f"{'':<24}{'responses/s':>24}{'sampling, s a step':>20}{'accuracy':>24}{'tokens trained on':>20}")
     for name, all_lines in runs.items():
-        columns = [
+        columns = [  # where a rank waits for the others, it is in time/reward
             [c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines],
-            [statistics.mean(m["time/rollout"] for m in lines[1:]) for lines in all_lines],
+            [statistics.mean(m["time/rollout"] + m["time/reward"] for m in lines[1:]) for lines in all_lines],
             [lines[-1]["eval_accuracy"] for lines in all_lines],
             [statistics.mean(m["response_tokens"] for m in lines[1:]) for lines in all_lines]]
         say(f"{name:<24}" + "".join(f"{statistics.mean(x):>{w}.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"

@@ -53,7 +53,7 @@ class CommandLine:
                                          argument_default=argparse.SUPPRESS, allow_abbrev=False)
         for field in dataclasses.fields(cls):
             def shown(value):
-                return " ".join(value) if isinstance(value, tuple) else value
+                return " ".join(map(str, value)) if isinstance(value, tuple) else value
             kinds = [t for t in typing.get_args(field.type) if t not in (type(None), ...)] or [field.type]
             note = f" [{shown(field.default)}]" if field.default not in (None, (), BUILTIN_MODEL) else ""
             if field.name in cls.BUILTIN:

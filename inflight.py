@@ -1,8 +1,8 @@
 """Nobody waits for the longest response: `--oversample`.
 
 A step trains on B responses. To wait for B that were started together means to wait for the longest, while an engine
-that could write hundreds writes a few. So keep more than B in flight, train on the first B that finish, and carry the
-others on: in the next step they are continued as longer prompts, by a newer policy. Four things keep this honest.
+that could write hundreds writes a few. So keep more than B in flight, stop when B have finished, train on these, and carry
+the others on: in the next step they are continued as longer prompts, by a newer policy. Four things keep this honest.
 
 1. The ratio. Tokens of one response may come from several policies. Each keeps the log-probability that it was sampled
    with, and the clipped loss compares with that.

@@ -1,14 +1,15 @@
 """The race: every algorithm on the same problems, and the papers' figures drawn from what happened.
 
     python race.py                            all of it on the built-in models; killed, it goes on where it stopped
-    python race.py --quick                    one seed of SPPO and GRPO: how much sooner is SPPO where GRPO ends?
+    python race.py --quick                    one seed of SPPO and GRPO: how much sooner is SPPO as good as GRPO at its best?
     python race.py --redraw                   figures and tables from the committed results, without training
     python race.py --model M --dataset D -- --max-response-tokens 8192 ...      any model; after --, options for every run
 
 Every run is a command that a user could give, in a process of its own; they take turns, so that a busy machine hurts
 all alike. All have the same loop, engine, optimiser, prompts per step and evaluation. What differs is the algorithm and
 its learning rate, chosen for each from the same grid by whole runs on a seed that the race does not use (runs of half the
-length chose rates that later diverged); with one rate in --lrs, all have that one.
+length chose rates that later diverged); with one rate in --lrs, all have that one. The race over long responses has the
+same rates.
 Time is that of training steps: evaluations are no part of it.
 """
 import json
@@ -54,6 +55,7 @@ class Config(CommandLine):
     evaluations: int = option(20, "evaluations in a run")
     long_steps: int = option(0, "training steps of the second race, over the long responses of builtin/long; 0: none")
     ranks: int = option(1, "processes of each run (torchrun)")
+    threads: int = option(1, "threads of each process; the built-in models only wait for more")
     jobs: int = option(1, "runs at once; no more than there are idle cores, or times mean nothing")
     quick: bool = option(False, "one seed of SPPO and GRPO, at the middle learning rate")
     redraw: bool = option(False, "draw what --results holds, and train nothing")
@@ -62,7 +64,8 @@ class Config(CommandLine):
                    group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=24)
 
     def check(self):
-        for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "jobs"):
+        for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "threads",
+                     "jobs"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
         if self.prompts_per_step % self.minibatch or self.minibatch % GROUP:
@@ -82,7 +85,8 @@ def race(c, extra):
         grid = run_all((c, extra, name, lr, c.seeds, "grid") for lr in c.lrs for name in names)
         for name in names:
             lrs[name] = max(of(grid, name), key=lambda run: smooth(run["accuracy"])[-1])["lr"]
-    runs = run_all((c, extra, name, lrs[name], seed, "race") for seed in seeds for name in names)
+    part = "quick" if c.quick else "race"
+    runs = run_all((c, extra, name, lrs[name], seed, part) for seed in seeds for name in names)
     if c.long_steps and not c.quick:
         long = run_all((c, extra, name, lrs[name], seed, "long") for seed in seeds for name in LONG)
     return {"settings": {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()}, "extra": extra,
@@ -93,7 +97,7 @@ def run_all(runs):
     """The records of `one_run`'s arguments, in their order."""
     runs = list(runs)
     with ThreadPool(runs[0][0].jobs) as pool:
-        return pool.starmap(one_run, runs, chunksize=1)
+        return list(pool.imap(lambda run: one_run(*run), runs))
 
 
 def one_run(c, extra, name, lr, seed, part):
@@ -105,10 +109,10 @@ def one_run(c, extra, name, lr, seed, part):
         *(["--model", f"{BUILTIN_MODEL}/long", "--max-response-tokens", 600] if part == "long" else ["--model", c.model]),
         "--dataset", c.dataset,
         "--lr", lr, "--seed", seed, "--steps", steps, "--save-every", 0,
-        "--eval-every", max(1, steps // c.evaluations),
+        "--eval-every", max(1, steps // (c.evaluations // 2 if part == "long" else c.evaluations)),  # they take long, there
         "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
     folder = Path(c.output) / "-".join([part, *name.replace(",", "").replace(" + ", " ").split(), lr, str(seed)])
-    lines = metrics_of(folder, command, c.ranks)
+    lines = metrics_of(folder, command, c.ranks, c.threads)
     evaluated = [m for m in lines if "eval_accuracy" in m]
     say(f"{folder.name:<36} accuracy {evaluated[0]['eval_accuracy']:.3f} -> {evaluated[-1]['eval_accuracy']:.3f} in "
         f"{lines[-1]['seconds']:>4.0f} s")
@@ -119,19 +123,20 @@ def one_run(c, extra, name, lr, seed, part):
 
 
 def metrics_of(folder, command, ranks=1, threads=1):
-    """The lines of metrics.jsonl after `python COMMAND --output FOLDER`, which is not run again if it has run before.
-    `threads`: of each rank; the built-in models only wait for more than one."""
-    command, done = [str(word) for word in command], folder / "command.json"
-    if not (done.exists() and json.loads(done.read_text()) == command):
+    """The lines of metrics.jsonl after `python COMMAND --output FOLDER`, with `ranks` processes of `threads` each; it is not
+    run again if it has run before. (Only the command is compared. After a change of the code, begin with an empty folder.)"""
+    (script, *options), file = [str(word) for word in command], folder / "command.json"
+    this = {"command": [script, *options], "ranks": ranks, "threads": threads}
+    if not (file.exists() and json.loads(file.read_text()) == this):
         shutil.rmtree(folder, ignore_errors=True)
         launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        ended = subprocess.run([sys.executable, *launcher, *command, "--output", str(folder.resolve())], cwd=ROOT, text=True,
+        ended = subprocess.run([sys.executable, *launcher, str(ROOT / script), *options, "--output", str(folder)], text=True,
                                capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        if ended.returncode:
-            raise InputError(f"`python {' '.join(command)}` ended with code {ended.returncode}; the same command goes on from "
-                             f"here. It said: {ended.stderr.strip()[-1500:]}")
+        if ended.returncode or "as told" in ended.stdout:
+            raise InputError(f"`python {' '.join(this['command'])}` ended with code {ended.returncode} before its last step; "
+                             f"the same command goes on from here. It said: {ended.stderr.strip()[-1500:]}")
         shutil.rmtree(folder / "model", ignore_errors=True)
-        done.write_text(json.dumps(command))  # last: a run that was killed has none
+        file.write_text(json.dumps(this))  # last: a run that was killed has none
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -157,7 +162,8 @@ def seconds_to(run, target):
 
 
 def speed(runs, reference="GRPO"):
-    """{algorithm: a ratio per seed}: its seconds to the reference's best smoothed accuracy on that seed, over SPPO's."""
+    """{algorithm: a ratio per seed}: its seconds to the reference's best smoothed accuracy on that seed, over SPPO's.
+    Infinite if it never gets there, 0 if SPPO does not, nan if neither does, or all begin there."""
     by_seed = {}
     for run in runs:
         by_seed.setdefault(run["seed"], {})[run["algorithm"]] = run
@@ -167,7 +173,7 @@ def speed(runs, reference="GRPO"):
         ours = seconds_to(of["SPPO"], target)
         for name, run in of.items():
             theirs = seconds_to(run, target)
-            comparable = 0 < ours < float("inf")  # else SPPO never gets there, or nobody had to
+            comparable = 0 < ours < float("inf")
             ratios.setdefault(name, []).append(theirs / ours if comparable else 0.0 if theirs < ours else float("nan"))
     return ratios
 
@@ -176,7 +182,7 @@ def interval(values):
     """(mean, half of its 95 % interval): Student's, over seeds."""
     if len(values) < 2:
         return statistics.mean(values), float("nan")
-    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(len(values), 2.1)
+    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}.get(len(values), 1.96 + 2.8 / (len(values) - 1))
     return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -189,23 +195,22 @@ def names_in(runs):
 
 
 def ratio_text(ratios):
+    """Median [lowest, highest] of the seeds that can be compared."""
+    ratios = [r for r in ratios if r == r]
     if not ratios:
-        return ""
-    if any(r != r for r in ratios):
-        return "neither reached it"
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        return "–"
 
     def text(r):
-        return "never" if r == float("inf") else f"{r:.1f}"
-    return text(middle) + (f" [{text(low)}, {text(high)}]" if len(ratios) > 1 else "")
+        return "never" if r == float("inf") else f"{r:.1f}" if r else "SPPO never"
+    return text(statistics.median(ratios)) + (f" [{text(min(ratios))}, {text(max(ratios))}]" if len(ratios) > 1 else "")
 
 
 def table(runs):
     """Markdown: final accuracy, speed and what the samples bought, by algorithm."""
     columns = ("algorithm", "learning rate", "accuracy, end", "seconds", "time to GRPO's best, SPPO = 1",
                "to GRPO's, equal samples", "AUC of V(prompt)", "groups without gradient")
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     to_grpo, to_equal = (speed(runs, reference) if of(runs, reference) else {} for reference in ("GRPO", EQUAL))
+    rows = []
     for name in names_in(runs):
         mine = of(runs, name)
         mean, half = interval([smooth(run["accuracy"])[-1] for run in mine])
@@ -214,19 +219,24 @@ def table(runs):
             values = [v for run in mine for v in run["metrics"].get(key, [])[-len(run["metrics"].get(key, [])) // 2 :]
                       if v is not None]
             return f"{statistics.mean(values):.2f}" if values else ""
-        cells = (name, mine[0]["lr"], f"{mean:.3f} ± {half:.3f}", f"{statistics.mean(r['seconds'][-1] for r in mine):.0f}",
-                 ratio_text(to_grpo.get(name)), ratio_text(to_equal.get(name)), late("critic/auc"), late("group/all_equal"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((name, mine[0]["lr"], f"{mean:.3f}" + (f" ± {half:.3f}" if len(mine) > 1 else ""),
+                     f"{statistics.mean(r['seconds'][-1] for r in mine):.0f}", ratio_text(to_grpo.get(name, [])),
+                     ratio_text(to_equal.get(name, [])), late("critic/auc"), late("group/all_equal")))
+    return markdown(columns, rows)
+
+
+def markdown(columns, rows):
+    """A table, without the columns that are empty throughout."""
+    kept = [i for i in range(len(columns)) if any(row[i] not in ("", "–") for row in rows)]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in lines)
 
 
 def grid_table(grid):
     lrs = list(dict.fromkeys(run["lr"] for run in grid))
-    lines = ["| algorithm | " + " | ".join(lrs) + " |", "| --- " * (len(lrs) + 1) + "|"]
-    for name in names_in(grid):
-        lines.append(f"| {name} | " + " | ".join(
-            f"{smooth(next(r for r in of(grid, name) if r['lr'] == lr)['accuracy'])[-1]:.3f}" for lr in lrs) + " |")
-    return "\n".join(lines)
+    return markdown(["algorithm", *lrs], [
+        [name, *(f"{smooth(next(r for r in of(grid, name) if r['lr'] == lr)['accuracy'])[-1]:.3f}" for lr in lrs)]
+        for name in names_in(grid)])
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -324,7 +334,9 @@ def main():
     if c.quick:
         ratios = speed(results["race"])
         best = max(smooth(of(results["race"], "GRPO")[0]["accuracy"]))
-        say(f"\nTo GRPO's best smoothed accuracy, {best:.3f}, GRPO takes {ratio_text(ratios['GRPO'])} times as long as SPPO.")
+        (ratio,), say_it = ratios["GRPO"], f"GRPO's best smoothed accuracy, {best:.3f}, "
+        say("\n" + (f"To {say_it}GRPO takes {ratio:.1f} times as long as SPPO." if ratio > 0 else  # not if nan
+                    f"{say_it}SPPO {'does not reach in' if ratio == 0 else 'has from the start of'} this race."))
         return
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")

@@ -13,11 +13,11 @@ QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", 
 
 @pytest.mark.parametrize("command, reports", [
     (["grpo.py", "--steps", "4"], {"group/all_equal"}),
-    (["ppo.py", "--steps", "8"], {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
-    (["spo.py", "--steps", "8", "--init-samples", "1", "--dataset", "chain:800"],
+    (["ppo.py", "--steps", "6"], {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
+    (["spo.py", "--steps", "6", "--init-samples", "1", "--dataset", "chain:800"],
      {"critic/auc", "tracker/rho", "tracker/distance"})])
 def test_they_learn_on_two_ranks(tmp_path, command, reports):
-    done = run(*command, "--eval-every", "8", "--eval-problems", "128", "--output", tmp_path, ranks=2)
+    done = run(*command, "--eval-every", "6", "--eval-problems", "128", "--output", tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path)
     assert all(reports <= m.keys() for m in lines[1:])

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, run
+from conftest import ROOT, environment, metrics, run, torchrun
 
 from cli import Log
 from critic import PromptCritic
@@ -208,7 +208,7 @@ class Dying(Baseline):
 train(Config.parse(""), Dying)
 """)
     start = time.time()
-    done = run(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2, timeout=120)
+    done = torchrun(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2, timeout=120)
     assert done.returncode != 0 and "dies" in done.stdout
     assert time.time() - start < 110  # its start included; a hang would last two hours
     end = done.stderr[-3000:]
