@@ -34,7 +34,7 @@ ALGORITHMS = {  # name: (script and options, marker, line, shade)
     "PPO + BCE": (["ppo.py", "--value-loss", "bce"], "v", "--", "#2171b5"), "GRPO": (["grpo.py"], "x", "-", "#d94801"),
     EQUAL: (["grpo.py"], "+", "--", "#d94801"), "RLOO": (["grpo.py", "--baseline", "rloo"], "*", ":", "#8c2d04"),
     "ReMax": (["grpo.py", "--baseline", "remax"], "P", ":", "#41ab5d")}
-LONG = ("SPPO", "PPO", "PPO + BCE", EQUAL)  # who races over long responses
+LONG = ("SPPO", "PPO", EQUAL)  # who races over long responses
 WINDOW = 3  # evaluations; smoothed accuracy is their mean
 KEPT = ("group/all_equal", "critic/auc", "reward", "response_tokens", *(f"critic/auc_tenth_{k}" for k in range(1, 11)))
 
@@ -61,7 +61,7 @@ class Config(CommandLine):
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
     BUILTIN = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("7.5e-5", "1.5e-4", "3e-4"), steps=40,
-                   group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=24)
+                   group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=10)
 
     def check(self):
         for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "threads",
@@ -116,8 +116,10 @@ def one_run(c, extra, name, lr, seed, part):
     evaluated = [m for m in lines if "eval_accuracy" in m]
     say(f"{folder.name:<36} accuracy {evaluated[0]['eval_accuracy']:.3f} -> {evaluated[-1]['eval_accuracy']:.3f} in "
         f"{lines[-1]['seconds']:>4.0f} s")
+    each = c.prompts_per_step // share * (GROUP if name in ("GRPO", EQUAL, "RLOO") else 2 if name == "ReMax" else 1)
     return {"algorithm": name, "lr": lr, "seed": seed, "command": " ".join(map(str, command)).replace(f"{ROOT}/", ""),
             "seconds": [round(m["seconds"], 2) for m in evaluated],
+            "responses": None if name == "SPO" else [each * m["step"] for m in evaluated],  # SPO begins with many
             "accuracy": [round(m["eval_accuracy"], 4) for m in evaluated],
             "metrics": {key: [m[key] and round(m[key], 4) for m in lines if key in m] for key in KEPT if key in lines[-1]}}
 
@@ -156,23 +158,24 @@ def smooth(accuracy):
     return [statistics.mean(accuracy[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(accuracy))]
 
 
-def seconds_to(run, target):
-    """Seconds of training until smoothed accuracy reaches `target`; infinite if it never does."""
-    return next((s for s, a in zip(run["seconds"], smooth(run["accuracy"]), strict=True) if a >= target), float("inf"))
+def cost_to(run, target, clock="seconds"):
+    """Seconds of training, or responses sampled, until smoothed accuracy reaches `target`; infinite if it never does."""
+    return next((s for s, a in zip(run[clock], smooth(run["accuracy"]), strict=True) if a >= target), float("inf"))
 
 
-def speed(runs, reference="GRPO"):
+def speed(runs, reference="GRPO", clock="seconds"):
     """{algorithm: a ratio per seed}: its seconds to the reference's best smoothed accuracy on that seed, over SPPO's.
     Infinite if it never gets there, 0 if SPPO does not, nan if neither does, or all begin there."""
     by_seed = {}
     for run in runs:
-        by_seed.setdefault(run["seed"], {})[run["algorithm"]] = run
+        if run[clock]:
+            by_seed.setdefault(run["seed"], {})[run["algorithm"]] = run
     ratios = {}
     for of in by_seed.values():
         target = max(smooth(of[reference]["accuracy"]))
-        ours = seconds_to(of["SPPO"], target)
+        ours = cost_to(of["SPPO"], target, clock)
         for name, run in of.items():
-            theirs = seconds_to(run, target)
+            theirs = cost_to(run, target, clock)
             comparable = 0 < ours < float("inf")
             ratios.setdefault(name, []).append(theirs / ours if comparable else 0.0 if theirs < ours else float("nan"))
     return ratios
@@ -207,9 +210,10 @@ def ratio_text(ratios):
 
 def table(runs):
     """Markdown: final accuracy, speed and what the samples bought, by algorithm."""
-    columns = ("algorithm", "learning rate", "accuracy, end", "seconds", "time to GRPO's best, SPPO = 1",
-               "to GRPO's, equal samples", "AUC of V(prompt)", "groups without gradient")
-    to_grpo, to_equal = (speed(runs, reference) if of(runs, reference) else {} for reference in ("GRPO", EQUAL))
+    columns = ("algorithm", "learning rate", "accuracy, end", "seconds", "responses", "time to GRPO's best, SPPO = 1",
+               "responses to it", "time to GRPO's best, equal samples", "AUC of V(prompt)", "groups without gradient")
+    to_grpo, by_responses, to_equal = (speed(runs, reference, clock) if of(runs, reference) else {} for reference, clock in (
+        ("GRPO", "seconds"), ("GRPO", "responses"), (EQUAL, "seconds")))
     rows = []
     for name in names_in(runs):
         mine = of(runs, name)
@@ -220,8 +224,10 @@ def table(runs):
                       if v is not None]
             return f"{statistics.mean(values):.2f}" if values else ""
         rows.append((name, mine[0]["lr"], f"{mean:.3f}" + (f" ± {half:.3f}" if len(mine) > 1 else ""),
-                     f"{statistics.mean(r['seconds'][-1] for r in mine):.0f}", ratio_text(to_grpo.get(name, [])),
-                     ratio_text(to_equal.get(name, [])), late("critic/auc"), late("group/all_equal")))
+                     f"{statistics.mean(r['seconds'][-1] for r in mine):.0f}",
+                     f"{mine[0]['responses'][-1]:,}" if mine[0]["responses"] else "", ratio_text(to_grpo.get(name, [])),
+                     ratio_text(by_responses.get(name, [])), ratio_text(to_equal.get(name, [])), late("critic/auc"),
+                     late("group/all_equal")))
     return markdown(columns, rows)
 
 
@@ -283,14 +289,14 @@ def draw(results, folder):
             rows = [run["metrics"]["group/all_equal"] for run in of(results["race"], name)]
             band(axes, [(i + 1) / len(rows[0]) for i in range(len(rows[0]))], rows, name)
         axes.set(xlabel="share of the training done", ylabel="groups whose samples\nall earned the same", ylim=(0, 1))
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "groups")
     tails = [(part, n) for part in ("race", "long") for n in ("PPO", "PPO + BCE") if of(results[part], n)]
     if tails:
         parts = list(dict.fromkeys(part for part, _ in tails))
         figure, all_axes = plt.subplots(1, len(parts), figsize=(6.4, 3), sharey=True, squeeze=False)
         for axes, part in zip(all_axes[0], parts, strict=True):
-            for name in ("PPO", "PPO + BCE"):
+            for name in (n for p, n in tails if p == part):
                 rows = [[mean_of(run["metrics"][f"critic/auc_tenth_{k}"]) for k in range(1, 11)]
                         for run in of(results[part], name)]
                 band(axes, [k / 10 - 0.05 for k in range(1, 11)], rows, name)
@@ -301,7 +307,7 @@ def draw(results, folder):
             length = statistics.mean(mean_of(run["metrics"]["response_tokens"]) for run in of(results[part], "PPO"))
             axes.set(xlabel="position in the response", title=f"responses of {length:.0f} tokens", xlim=(-0.05, 1))
         all_axes[0][0].set_ylabel("AUC of the critic's value")
-        all_axes[0][0].legend(fontsize=8)
+        all_axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "tail")
 
 

@@ -16,8 +16,8 @@ def runner(name, seed, accuracy, seconds=None):
 
 def test_smoothing_and_the_time_to_a_target():
     assert race.smooth([0.0, 0.3, 0.6, 0.9]) == pytest.approx([0.0, 0.15, 0.3, 0.6])
-    assert race.seconds_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.3) == 20
-    assert race.seconds_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.7) == math.inf
+    assert race.cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.3) == 20
+    assert race.cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.7) == math.inf
 
 
 def test_speed_is_measured_to_grpos_best_of_the_same_seed():
