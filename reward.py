@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # address space of a worker: an answer must not eat the machine
+PATIENCE = 10 if hasattr(signal, "setitimer") else 1  # Windows cannot tell how long a process has computed
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
 # What may stand between two boxes that together are one answer: `\boxed{3} and \boxed{4}`.
@@ -100,7 +101,7 @@ def verify(response, answer, mode="boxed"):
 
 
 class Verifier:
-    """Verifies in `workers` processes; a comparison that takes longer than `timeout` seconds scores 0.
+    """Verifies in `workers` processes; a comparison that takes more than `timeout` seconds of processor time scores 0.
 
     The processes are started fresh (`python reward.py`), so they inherit neither CUDA nor threads. `timeouts` and
     `crashes` count the responses that were given up.
@@ -170,7 +171,7 @@ def _compare_forever(pipe, parents_end, timeout):
     parents_end.close()
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 1)
-    if hasattr(signal, "alarm"):
+    if hasattr(signal, "setitimer"):
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     while True:
@@ -178,20 +179,22 @@ def _compare_forever(pipe, parents_end, timeout):
             candidate, gold = pipe.recv()
         except EOFError:
             return
-        if hasattr(signal, "alarm"):
-            signal.alarm(int(timeout) + 2)  # should the timekeeper die, this process does not compute for ever
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal ends this process
         try:
             good = verifiable(gold) if candidate is None else equal(candidate, gold)
             pipe.send("equal" if good else "different")
         except Exception:  # whatever sympy raises on hostile text (RecursionError, MemoryError), it is no right answer
             pipe.send("different")
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _work(timeout):
-    """Reads jobs from stdin, writes verdicts to stdout. A child compares; when it overruns, it is killed and forked
-    anew. Forking here is safe (no threads, no CUDA) and takes milliseconds, where a new import of sympy takes 1 s."""
+    """Reads jobs from stdin, writes verdicts to stdout. A child compares; when it overruns, it dies and is forked anew.
+    What counts is the time that it computes, or on a busy machine right answers would earn nothing; one that hangs is killed
+    by the clock on the wall, PATIENCE times later. Forking here is safe (no threads, no CUDA) and takes milliseconds, where
+    a new import of sympy takes 1 s."""
     equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables, once, before the first fork
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     child = None
@@ -203,11 +206,12 @@ def _work(timeout):
             theirs.close()  # so that a dead child is an end of file here
         pipe.send(json.loads(line))
         verdict = "timeout"
-        if pipe.poll(timeout):
+        if pipe.poll(timeout * PATIENCE):
             try:
                 verdict = pipe.recv()
             except EOFError:
-                verdict = "crash"
+                child.join()
+                verdict = "timeout" if PATIENCE > 1 and child.exitcode == -signal.SIGPROF else "crash"
         if verdict in ("timeout", "crash"):
             child.kill()
             child.join()

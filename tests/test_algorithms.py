@@ -12,9 +12,11 @@ QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", 
 
 
 @pytest.mark.parametrize("command, reports", [
-    (["grpo.py", "--steps", "4"], {"group/all_equal"}),
-    (["ppo.py", "--steps", "6"], {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
-    (["spo.py", "--steps", "6", "--init-samples", "1", "--dataset", "chain:800"],
+    (["grpo.py", "--steps", "4", "--prompts-per-step", "32", "--minibatch", "8"], {"group/all_equal"}),
+    (["ppo.py", "--steps", "6", "--prompts-per-step", "64", "--minibatch", "16"],
+     {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
+    (["spo.py", "--steps", "6", "--prompts-per-step", "64", "--minibatch", "16", "--init-samples", "1", "--dataset",
+      "chain:400"],
      {"critic/auc", "tracker/rho", "tracker/distance"})])
 def test_they_learn_on_two_ranks(tmp_path, command, reports):
     done = run(*command, "--eval-every", "6", "--eval-problems", "128", "--output", tmp_path, ranks=2)

@@ -47,7 +47,8 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path):
 
 
 def test_a_quick_race_goes_on_where_it_stopped(tmp_path):
-    command = ["race.py", "--quick", "--steps", "2", "--group-steps", "1", "--evaluations", "1", "--output", tmp_path]
+    command = ["race.py", "--quick", "--steps", "2", "--group-steps", "1", "--evaluations", "1", "--output", tmp_path,
+               "--", "--engine", "transformers", "--eval-problems", "16", "--prompts-per-step", "16", "--minibatch", "8"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert re.search(r"GRPO takes \d+\.\d times as long as SPPO|SPPO (does not reach|has from the start)", done.stdout)

@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, complaint, metrics, run, torchrun
+from conftest import ROOT, complaint, metrics, run
 
 from data import BUILTIN_MODEL
 from sppo import SPPO, Config, train
@@ -19,7 +19,7 @@ needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vL
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    done = run("sppo.py", "--steps", "30", "--output", output)
+    done = run("sppo.py", "--steps", "24", "--output", output)
     assert done.returncode == 0, done.stderr
     return done.stdout, output
 
@@ -67,7 +67,7 @@ def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
 
 @pytest.mark.xdist_group("demo")
 def test_two_ranks_learn_like_one(demo, tmp_path):
-    done = torchrun("sppo.py", "--steps", "10", "--output", tmp_path, ranks=2)
+    done = run("sppo.py", "--steps", "10", "--output", tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = ([m["eval_accuracy"] for m in metrics(folder)[:11] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
     print(f"\naccuracy by 5 steps on 1 rank {one}, on 2 ranks {two}")
