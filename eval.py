@@ -64,7 +64,7 @@ class Config(CommandLine):
     vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory")
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "compute type")
     reward_workers: int = option(2, "verifier processes on each rank")
-    reward_timeout: float = option(1.0, "seconds after which a verification is given up, and scores 0")
+    reward_timeout: float = option(1.0, "processor seconds after which a verification is given up, and scores 0")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     seed: int = option(0, "of sampling")
 

@@ -74,7 +74,7 @@ class Config(CommandLine):
     offload: bool = option(False, "keep parameters and optimiser state in host memory")
     offload_between: bool = option(False, "keep them there but for the one model that is being trained, which is faster")
     reward_workers: int = option(2, "verifier processes on each rank")
-    reward_timeout: float = option(1.0, "seconds after which a verification is given up, and scores 0")
+    reward_timeout: float = option(1.0, "processor seconds after which a verification is given up, and scores 0")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     wandb: str | None = option(None, "log to this Weights & Biases project")
     seed: int = option(0, "of data order and sampling")

@@ -11,6 +11,7 @@ from conftest import SHARED
 
 from reward import MAX_WORKER_BYTES, Verifier, extract_answer, last_boxed, verify
 
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 HOSTILE = [f"\\boxed{{{answer}}}" for answer in [
     "9^{9^{9^{9}}}", "9^{9^{9^{9^{9}}}}", "2^{2^{2^{2^{2^{2}}}}}", "10^{10^{10}}", "7^{10^{9}}",
     "(10^{10})!", "99999999!", "1000000!", "((5!)!)!", "\\binom{10^9}{10^8}", "\\binom{99999999}{44444444}",
@@ -100,14 +101,45 @@ def test_a_worker_that_is_killed_is_replaced():
         verifier.close()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def comparing(verifier):
+    """The process that compares, of a Verifier with one worker."""
+    verifier.score(["\\boxed{1}"], ["1"])
+    worker = verifier._idle.get()
+    verifier._idle.put(worker)
+    child, = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    return int(child)
+
+
+@linux
+def test_a_right_answer_that_had_to_wait_earns_its_reward():
+    """The deadline is of processor time: a machine with too much to do is not the answer's fault."""
+    verifier = Verifier(workers=1, timeout=0.5)
+    try:
+        child = comparing(verifier)
+        os.kill(child, signal.SIGSTOP)
+        reward = verifier.submit("\\boxed{4}", "4")
+        time.sleep(1.5)
+        os.kill(child, signal.SIGCONT)
+        assert reward.result() == 1.0 and verifier.timeouts == 0
+    finally:
+        verifier.close()
+
+
+@linux
+def test_a_comparison_that_hangs_is_given_up():
+    verifier = Verifier(workers=1, timeout=0.1)
+    try:
+        os.kill(comparing(verifier), signal.SIGSTOP)
+        assert verifier.score(["\\boxed{4}"] * 2, ["4"] * 2) == [0.0, 1.0] and verifier.timeouts == 1
+    finally:
+        verifier.close()
+
+
+@linux
 def test_what_compares_has_a_memory_limit():
     verifier = Verifier(workers=1)
     try:
-        verifier.score(["\\boxed{1}"], ["1"])
-        worker = verifier._idle.get()
-        verifier._idle.put(worker)
-        child, = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+        child = comparing(verifier)
         limit, = (line for line in Path(f"/proc/{child}/limits").read_text().splitlines() if "Max address space" in line)
         assert limit.split()[3:5] == [str(MAX_WORKER_BYTES)] * 2
     finally:
