@@ -101,10 +101,8 @@ class StepConfig(sppo.Config):
     response_lengths: str | None = option(None, "N, or MEDIAN:SIGMA (log-normal): lengths to which all is sampled")
 
     def check(self):
-        if self.shape:
-            if self.shape not in SHAPES:
-                raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
-            self.model = f"{self.output}/random-weights"  # `step` has made it
+        if self.shape and self.shape not in SHAPES:
+            raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
         if self.response_lengths and (self.engine == "transformers" or not importlib.util.find_spec("vllm")):
             raise InputError("--response-lengths: needs vLLM; with --shape and without vLLM, every response is as long as "
                              "--max-response-tokens, since random weights do not stop")
@@ -145,8 +143,10 @@ class Measured(sppo.SPPO):
 
 
 def step(arguments):
-    config = StepConfig.parse(__doc__, [
-        "--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3", *arguments])
+    arguments = ["--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3", *arguments]
+    config = StepConfig.parse(__doc__, arguments)
+    if config.shape:  # with the defaults of a real model, not of the built-in one
+        config = StepConfig.parse(__doc__, ["--model", f"{config.output}/random-weights", "--dataset", "chain", *arguments])
     shutil.rmtree(config.output, ignore_errors=True)
     if config.shape in SHAPES:
         random_model(config.shape, f"{config.output}/random-weights")
