@@ -109,7 +109,7 @@ def one_run(c, extra, name, lr, seed, part):
         *(["--model", f"{BUILTIN_MODEL}/long", "--max-response-tokens", 600] if part == "long" else ["--model", c.model]),
         "--dataset", c.dataset,
         "--lr", lr, "--seed", seed, "--steps", steps, "--save-every", 0,
-        "--eval-every", max(1, steps // (c.evaluations // 2 if part == "long" else c.evaluations)),  # they take long, there
+        "--eval-every", max(1, steps // (5 if part == "long" else c.evaluations)),  # they take long, there
         "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
     folder = Path(c.output) / "-".join([part, *name.replace(",", "").replace(" + ", " ").split(), lr, str(seed)])
     lines = metrics_of(folder, command, c.ranks, c.threads)
@@ -134,7 +134,7 @@ def metrics_of(folder, command, ranks=1, threads=1):
         launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         ended = subprocess.run([sys.executable, *launcher, str(ROOT / script), *options, "--output", str(folder)], text=True,
                                capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        if ended.returncode or "as told" in ended.stdout:
+        if ended.returncode or not (folder / "model").exists():  # a run that was told to stop has none, and ends with 0
             raise InputError(f"`python {' '.join(this['command'])}` ended with code {ended.returncode} before its last step; "
                              f"the same command goes on from here. It said: {ended.stderr.strip()[-1500:]}")
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -171,10 +171,10 @@ def speed(runs, reference="GRPO", clock="seconds"):
         if run[clock]:
             by_seed.setdefault(run["seed"], {})[run["algorithm"]] = run
     ratios = {}
-    for of in by_seed.values():
-        target = max(smooth(of[reference]["accuracy"]))
-        ours = cost_to(of["SPPO"], target, clock)
-        for name, run in of.items():
+    for contest in by_seed.values():
+        target = max(smooth(contest[reference]["accuracy"]))
+        ours = cost_to(contest["SPPO"], target, clock)
+        for name, run in contest.items():
             theirs = cost_to(run, target, clock)
             comparable = 0 < ours < float("inf")
             ratios.setdefault(name, []).append(theirs / ours if comparable else 0.0 if theirs < ours else float("nan"))
@@ -220,9 +220,9 @@ def table(runs):
         mean, half = interval([smooth(run["accuracy"])[-1] for run in mine])
 
         def late(key, mine=mine):
-            values = [v for run in mine for v in run["metrics"].get(key, [])[-len(run["metrics"].get(key, [])) // 2 :]
-                      if v is not None]
-            return f"{statistics.mean(values):.2f}" if values else ""
+            """The mean over the later half of the steps."""
+            series = [run["metrics"].get(key, []) for run in mine]
+            return f"{mean_of(v for s in series for v in s[len(s) // 2 :]):.2f}" if series[0] else ""
         rows.append((name, mine[0]["lr"], f"{mean:.3f}" + (f" ± {half:.3f}" if len(mine) > 1 else ""),
                      f"{statistics.mean(r['seconds'][-1] for r in mine):.0f}",
                      f"{mine[0]['responses'][-1]:,}" if mine[0]["responses"] else "", ratio_text(to_grpo.get(name, [])),
@@ -261,11 +261,11 @@ def draw(results, folder):
             figure.savefig(folder / f"{name}.{kind}", metadata=about)
         plt.close(figure)
 
-    def band(axes, x, rows, name, label=None):
+    def band(axes, x, rows, name):
         """The mean over seeds, and from the lowest to the highest."""
         _, marker, line, shade = ALGORITHMS[name]
         mean = [statistics.mean(values) for values in zip(*rows, strict=True)]
-        axes.plot(x, mean, marker=marker, linestyle=line, color=shade, label=label or name, markevery=max(1, len(x) // 12))
+        axes.plot(x, mean, marker=marker, linestyle=line, color=shade, label=name, markevery=max(1, len(x) // 12))
         axes.fill_between(x, [min(v) for v in zip(*rows, strict=True)], [max(v) for v in zip(*rows, strict=True)], color=shade,
                           alpha=0.12, linewidth=0)
 
@@ -277,11 +277,11 @@ def draw(results, folder):
         axes.set(xlabel="seconds of training", ylabel="accuracy on held-out problems", ylim=(None, 1))
         axes.legend(loc="lower right", fontsize=8)
 
-    for part, name in (("race", "race"), ("long", "long")):
+    for part in ("race", "long"):
         if results[part]:
             figure, axes = plt.subplots(figsize=(6.4, 4))
             curves(axes, results[part])
-            save(figure, name)
+            save(figure, part)
     groups = [n for n in names_in(results["race"]) if "group/all_equal" in of(results["race"], n)[0]["metrics"]]
     if groups:
         figure, axes = plt.subplots(figsize=(6.4, 3))
