@@ -183,11 +183,11 @@ def _compare_forever(pipe, parents_end, timeout):
             signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal ends this process
         try:
             good = verifiable(gold) if candidate is None else equal(candidate, gold)
-            pipe.send("equal" if good else "different")
         except Exception:  # whatever sympy raises on hostile text (RecursionError, MemoryError), it is no right answer
-            pipe.send("different")
+            good = False
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)  # before the answer: who has answered does not die
+        pipe.send("equal" if good else "different")
 
 
 def _work(timeout):
