@@ -40,7 +40,7 @@ from rollout import make_engine, sample_and_verify, stop_tokens
 ROOT = Path(__file__).resolve().parent
 
 
-def matmul_rate(device, dtype=torch.bfloat16, seconds=1.0):
+def matmul_rate(device, dtype, seconds=1.0):
     """Operations per second of large square products [n, n] @ [n, n]: the median of the fastest size."""
     best = 0.0
     for n in (2048, 3072, 4096) if device.type == "cpu" else (4096, 8192):
@@ -54,7 +54,7 @@ def matmul_rate(device, dtype=torch.bfloat16, seconds=1.0):
     return best
 
 
-def products_rate(lm, tokens, device, dtype=torch.bfloat16):
+def products_rate(lm, tokens, device, dtype):
     """Operations per second of the three products that training makes of each weight [out, in] and `tokens` states:
     forward, gradient of the input, gradient of the weight. No update of this model can be faster."""
     shapes = [tuple(m.weight.shape) for m in lm.modules() if isinstance(m, torch.nn.Linear)]
@@ -145,11 +145,11 @@ class Measured(sppo.SPPO):
 def step(arguments):
     arguments = ["--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3", *arguments]
     config = StepConfig.parse(__doc__, arguments)
-    if config.shape:  # with the defaults of a real model, not of the built-in one
-        config = StepConfig.parse(__doc__, ["--model", f"{config.output}/random-weights", "--dataset", "chain", *arguments])
     shutil.rmtree(config.output, ignore_errors=True)
-    if config.shape in SHAPES:
-        random_model(config.shape, f"{config.output}/random-weights")
+    if config.shape in SHAPES:  # with the defaults of a real model, not of the built-in one
+        config = StepConfig.parse(__doc__, ["--model", f"{config.output}/random-weights", "--dataset", "chain", *arguments])
+        random_model(config.shape, config.model)
+    dtype = getattr(torch, config.dtype)
     it = None
 
     def make(run):
@@ -158,13 +158,12 @@ def step(arguments):
         return it
     sppo.train(config, make)
     run = it.run
-    it.rates.append(matmul_rate(run.device, getattr(torch, config.dtype)))
+    it.rates.append(matmul_rate(run.device, dtype))
     rate, lm = statistics.mean(it.rates), run.policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
     size = run.policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()][1:]
-    products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device,
-                             getattr(torch, config.dtype))
+    products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device, dtype)
     warm = slice(1, None) if len(lines) > 1 else slice(None)  # the first step allocates, compiles and warms caches
     lines, seen = lines[warm], it.seen[warm]
     tokens, padded, generated = (statistics.mean(column) for column in zip(*seen, strict=True))
@@ -282,26 +281,14 @@ class StragglerConfig(CommandLine):
     BUILTIN = {}
 
 
-def rambling_model(folder):
-    """The built-in model, fine-tuned to go on after its answer with a row of dots whose length is log-normal (median 16,
-    sigma 1.4, at most 1000): lengths with the long tail of a reasoning model's, on a task that can be learned."""
-    sys.path.insert(0, str(ROOT / "builtin"))
-    from make import rambling, teach
-    from transformers import AutoModelForCausalLM
-    tokenizer, model = load_tokenizer(BUILTIN_MODEL), AutoModelForCausalLM.from_pretrained(BUILTIN_MODEL)
-    model.config.max_position_embeddings = 1200
-    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=lambda rng: rambling(rng, 16, 1.4, 1000))],
-          lr=1e-3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def stragglers(arguments):
     c = StragglerConfig.parse(__doc__, arguments)
     model = Path(c.output) / "model"
     if not (model / "model.safetensors").exists():
         say(f"Making a model whose lengths have a long tail, in {model}")
-        rambling_model(model)
+        sys.path.insert(0, str(ROOT / "builtin"))
+        from make import make_rambling
+        make_rambling(model, median=16, sigma=1.4, most=1000)  # a reasoning model's lengths, on a task that can be learned
     settings = {"waiting": [], **{f"at most {age} steps old": ["--oversample", c.oversample, "--max-staleness", age]
                                   for age in c.max_staleness}}
     runs = {name: [] for name in settings}

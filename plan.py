@@ -3,8 +3,8 @@
 No formulas: the code that trains is run as it is, on `fake` tensors, which have a shape and no memory behind them, in a
 `fake` process group, whose other ranks do not exist; and the bytes that its tensors would hold are counted. So the plan
 follows whatever is changed in policy.py. What vLLM takes is arithmetic. Not seen: the inside of kernels, CUDA's context,
-NCCL's buffers and what the allocator cannot use, for all of which RESERVED is set aside; nor what the critic needs to read a
-few prompts while vLLM is awake, with --oversample.
+NCCL's buffers and what the allocator cannot use, for all of which RESERVED is set aside. With --oversample the critic reads
+prompts while vLLM is awake, which is in no phase of the plan.
 """
 import contextlib
 import functools

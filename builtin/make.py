@@ -62,12 +62,6 @@ def chain(rng, max_ops=6, error_rate=1 / 6):
     return question, "".join(lines) + f"\\boxed{{{value}}}"
 
 
-def rambling(rng, median, sigma, most):
-    """A chain that goes on after its answer with a row of dots, whose length is log-normal."""
-    question, answer = chain(rng)
-    return question, answer + "." * min(most, int(rng.lognormvariate(math.log(median), sigma)))
-
-
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 # First the sums alone, on short and faultless chains, with a strong weight decay: the tables take long to learn from
@@ -77,9 +71,7 @@ MODELS = {
         dict(steps=500, batch=256, weight_decay=1.0, example=lambda rng: chain(rng, max_ops=2, error_rate=0.0)),
         dict(steps=900, batch=128, weight_decay=0.0, example=chain))),
     "small": dict(folder=FOLDER / "small", hidden_size=48, intermediate_size=128, num_hidden_layers=2, stages=(
-        dict(steps=500, batch=128, weight_decay=0.0, example=chain),)),
-    "long": dict(folder=FOLDER / "long", base=FOLDER, stages=(
-        dict(steps=200, batch=32, weight_decay=0.0, example=lambda rng: rambling(rng, 200, 0.5, 500)),))}
+        dict(steps=500, batch=128, weight_decay=0.0, example=chain),))}
 
 
 def teach(model, tokenizer, stages, lr, seed=1):
@@ -115,22 +107,36 @@ def teach(model, tokenizer, stages, lr, seed=1):
 def main(name):
     torch.manual_seed(0)
     tokenizer, settings = make_tokenizer(), dict(MODELS[name])
-    folder, stages, base = settings.pop("folder"), settings.pop("stages"), settings.pop("base", None)
-    model = Qwen2ForCausalLM.from_pretrained(base) if base else Qwen2ForCausalLM(Qwen2Config(
+    folder, stages = settings.pop("folder"), settings.pop("stages")
+    model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, dtype="float32",
         **settings))
-    if base:
-        model.config.max_position_embeddings = 1024
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    teach(model, tokenizer, stages, LR / 3 if base else LR)
+    teach(model, tokenizer, stages, LR)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+def make_rambling(folder, median, sigma, most):
+    """The demo's model, taught to go on after its answer with a row of dots, whose length is log-normal."""
+    def example(rng):
+        question, answer = chain(rng)
+        return question, answer + "." * min(most, int(rng.lognormvariate(math.log(median), sigma)))
+    model = Qwen2ForCausalLM.from_pretrained(FOLDER, max_position_embeddings=1200)
+    tokenizer = make_tokenizer()
+    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=example)], LR / 3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    if sys.argv[2:] or sys.argv[1:] and sys.argv[1] not in MODELS:
+    name, *more = sys.argv[1:] or ["chain"]
+    if more or name not in (*MODELS, "long"):
         sys.exit(__doc__)
-    main(*sys.argv[1:] or ["chain"])
+    if name == "long":
+        make_rambling(FOLDER / "long", median=200, sigma=0.5, most=500)
+    else:
+        main(name)

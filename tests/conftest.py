@@ -3,7 +3,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ def run(*arguments, ranks=0, timeout=600):
     forked from one that has imported everything: imports are most of a short run."""
     arguments, places = [str(argument) for argument in arguments], [{}]
     if ranks:
-        port = str(free_port())
+        from policy import free_port
+        port = free_port()
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +62,6 @@ def torchrun(*arguments, ranks, timeout=600):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def become(arguments, variables, outputs):

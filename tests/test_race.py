@@ -11,7 +11,8 @@ import race
 
 def runner(name, seed, accuracy, seconds=None):
     return {"algorithm": name, "seed": seed, "lr": "1", "accuracy": accuracy,
-            "seconds": seconds or [10 * i for i in range(len(accuracy))], "metrics": {}}
+            "seconds": seconds or [10 * i for i in range(len(accuracy))], "responses": None if name == "PPO" else
+            [(8 if name == "GRPO" else 1) * i for i in range(len(accuracy))], "metrics": {}}
 
 
 def test_smoothing_and_the_time_to_a_target():
@@ -27,6 +28,7 @@ def test_speed_is_measured_to_grpos_best_of_the_same_seed():
     ratios = race.speed(runs)
     assert ratios["SPPO"] == [1.0, pytest.approx(math.nan, nan_ok=True)]  # on seed 1 all begin where GRPO ends
     assert ratios["GRPO"][0] == 120 / 10 and ratios["PPO"][0] == math.inf
+    assert race.speed(runs, clock="responses")["GRPO"][0] == 24 / 1 and "PPO" not in race.speed(runs, clock="responses")
     assert race.ratio_text([12.0, 3.0, math.inf]) == "12.0 [3.0, never]"
     assert race.ratio_text([2.0, 0.0, math.nan]) == "1.0 [SPPO never, 2.0]" and race.ratio_text([math.nan]) == "–"
 
