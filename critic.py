@@ -4,6 +4,8 @@ A token-level critic must say how good every half-written proof is. This one ans
 policy solve this problem?", with one number per prompt; that is a classification, trained with cross-entropy, and a
 model much smaller than the policy can learn it.
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = load(AutoModel, model, trust_remote_code)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
-        nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something was learned
+        nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something is known
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, scored):
@@ -37,6 +39,14 @@ class PromptCritic(Trained):
         self.tokenizer = load_tokenizer(model, trust_remote_code)
         self.minibatch = minibatch
         super().__init__(ValueModel(model, trust_remote_code), device, **options)
+
+    def start_from(self, rewards):
+        """Before the first update: V = the mean reward [B], for every prompt. Ours, not the paper's: from V = 1/2, a policy
+        that solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth."""
+        mean = (rewards.sum().item() + 0.5) / (len(rewards) + 1)  # never 0 or 1
+        self.module.reshard()  # or a gathered copy would be filled, and dropped
+        with torch.no_grad():
+            self.module.head.bias.fill_(math.log(mean / (1 - mean)))
 
     def encode(self, problems):
         """Token ids of each problem's prompt as this critic reads it."""

@@ -60,8 +60,8 @@ class Config(CommandLine):
     quick: bool = option(False, "one seed of SPPO and GRPO, at the middle learning rate")
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
-    BUILTIN = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("7.5e-5", "1.5e-4", "3e-4"), steps=40,
-                   group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=10)
+    BUILTIN = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("3.75e-5", "7.5e-5", "1.5e-4", "3e-4"),
+                   steps=40, group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=10)
 
     def check(self):
         for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "threads",

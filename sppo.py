@@ -211,6 +211,8 @@ class SPPO(Baseline):
         return self.critic.logits(self.critic.encode(problems)).tolist()
 
     def advantages(self, batch):
+        if not self.critic.updates:
+            self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)  # as the critic's own tokenizer and template have it
         self.logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
         return sequence_advantages(batch.rewards, self.logits)

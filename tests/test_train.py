@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 
@@ -73,6 +74,10 @@ def test_two_ranks_learn_like_one(demo, tmp_path):
     print(f"\naccuracy by 5 steps on 1 rank {one}, on 2 ranks {two}")
     assert len(one) == len(two) == 3
     assert two[0] < 0.6 and two[-1] >= 0.75
+    for folder in (demo[1], tmp_path):  # the critic began with the mean of the first rewards, on both ranks
+        first, n = metrics(folder)[1], 128
+        mean, value = first["reward"], (first["reward"] * n + 0.5) / (n + 1)
+        assert first["critic/bce"] == pytest.approx(-mean * math.log(value) - (1 - mean) * math.log(1 - value), abs=1e-5)
     assert abs(sum(one[1:]) - sum(two[1:])) / 2 < 0.1
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
     assert done.stdout.count("step  1/") == 1  # one rank speaks
