@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModel
 
 from data import load_tokenizer, render
-from policy import Trained, load
+from policy import Trained
+from pretrained import load
 
 
 class ValueModel(nn.Module):
@@ -41,8 +42,8 @@ class PromptCritic(Trained):
         super().__init__(ValueModel(model, trust_remote_code), device, **options)
 
     def start_from(self, rewards):
-        """Before the first update: V = the mean reward [B], for every prompt. Ours, not the paper's: from V = 1/2, a policy
-        that solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth."""
+        """Before the first update: V = the mean reward [B], for every prompt. Our addition: from V = 1/2, a policy that
+        solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth."""
         mean = (rewards.sum().item() + 0.5) / (len(rewards) + 1)  # never 0 or 1
         self.module.reshard()  # or a gathered copy would be filled, and dropped
         with torch.no_grad():

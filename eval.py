@@ -32,7 +32,8 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from data import BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render
-from policy import check_model, init_distributed
+from policy import init_distributed
+from pretrained import check_model
 from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
 from rollout import make_engine, sample_and_verify, stop_tokens
 

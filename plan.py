@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AutoConfig, Qwen2Config, Qwen3Confi
 import critic
 import policy
 import ppo
+import pretrained
 from data import InputError
 from rollout import Response
 from run import Batch
@@ -79,7 +80,7 @@ def shape_of(model, trust_remote_code=False):
         return kind(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
                     num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, dtype=torch.bfloat16,
                     max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **more)
-    policy.check_found(model)
+    pretrained.check_found(model)
     return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
 
 
@@ -186,7 +187,7 @@ def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options)
                                    (critic, "load_tokenizer", lambda *_: None)):
             stack.enter_context(patch.object(where, name, value))
         # On a GPU it is always the fused one.
-        stack.enter_context(patch.dict(AttentionInterface._global_mapping, causal=policy.fused_attention))
+        stack.enter_context(patch.dict(AttentionInterface._global_mapping, causal=pretrained.fused_attention))
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         memory = stack.enter_context(LiveBytes())

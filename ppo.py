@@ -23,7 +23,8 @@ import sppo
 from cli import option
 from critic import ValueModel, auc, explained_variance
 from data import InputError, load_tokenizer
-from policy import Trained, check_model, pad, unflatten
+from policy import Trained, pad, unflatten
+from pretrained import check_model
 from sppo import Baseline, train
 
 

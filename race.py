@@ -61,7 +61,7 @@ class Config(CommandLine):
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
     BUILTIN = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("3.75e-5", "7.5e-5", "1.5e-4", "3e-4"),
-                   steps=40, group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=10)
+                   steps=40, group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=24)
 
     def check(self):
         for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "threads",
@@ -307,7 +307,8 @@ def draw(results, folder):
             length = statistics.mean(mean_of(run["metrics"]["response_tokens"]) for run in of(results[part], "PPO"))
             axes.set(xlabel="position in the response", title=f"responses of {length:.0f} tokens", xlim=(-0.05, 1))
         all_axes[0][0].set_ylabel("AUC of the critic's value")
-        all_axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        handles, labels = all_axes[0][0].get_legend_handles_labels()  # the first race has all of them, the long one not
+        all_axes[0][-1].legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "tail")
 
 

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import checkpoint
 from critic import PromptCritic, calibration
 from data import BUILTIN_MODEL, InputError
-from policy import check_model
+from pretrained import check_model
 from run import Run, begin, evaluate, finish, next_batch, say_memory
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import run
 
 import policy
+import pretrained
 from critic import PromptCritic
 from data import BUILTIN_MODEL, InputError, load_tokenizer
 from plan import Count, LiveBytes, largest_budget, phases, shape_of
@@ -191,9 +192,9 @@ def test_a_model_that_moves_takes_everything_along(device):
 def test_attention_on_a_cpu_is_pytorchs(heads, shared):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 37, 16, dtype=torch.bfloat16, requires_grad=True) for n in (heads, *[heads // shared] * 2))
-    ours, _ = policy.causal_attention(None, q, k, v, None, scaling=0.3)
+    ours, _ = pretrained.causal_attention(None, q, k, v, None, scaling=0.3)
     in_full = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    theirs, _ = policy.causal_attention(None, *in_full, None, scaling=0.3)
+    theirs, _ = pretrained.causal_attention(None, *in_full, None, scaling=0.3)
     naive = torch.zeros(2, 37, heads, 16)
     for head in range(heads):
         for t in range(37):
