@@ -61,7 +61,7 @@ class Config(CommandLine):
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
     BUILTIN = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("3.75e-5", "7.5e-5", "1.5e-4", "3e-4"),
-                   steps=40, group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=24)
+                   steps=40, group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=20)
 
     def check(self):
         for name in ("seeds", "steps", "group_steps", "prompts_per_step", "minibatch", "evaluations", "ranks", "threads",
