@@ -12,7 +12,7 @@ test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
-race: install  ## every algorithm on the built-in tasks, and the figures: an hour on two idle cores
+race: install  ## every algorithm on the built-in tasks, and the figures: somewhat over an hour on two idle cores
 	$(BIN)/python race.py --jobs 2
 
 race-quick: install  ## one seed of SPPO and GRPO: some minutes
