@@ -384,27 +384,26 @@ def trl(arguments):
     samples = c.prompts * c.group_size
     say(f"{c.model}: {samples} samples a step, at most {c.tokens} tokens, bfloat16, {c.threads} threads; seconds a step are "
         "median and range after the first\n")
-    runs = {}
 
     def ran(name, steps):
-        """Says at once what is known of a run: the next may take long."""
-        runs[name], times, spent, by_minute = steps, [seconds for seconds, _ in steps], 0.0, {}
+        """Says at once what is known of a run, as the next may take long. Returns its seconds a step."""
+        times, spent, by_minute = [seconds for seconds, _ in steps], 0.0, {}
         for seconds, reward in steps:
             spent += seconds
             by_minute.setdefault(int(spent // 60), []).append(reward)
-        say(f"{name:<18} {statistics.median(times[1:]):>7.1f} s a step [{min(times[1:]):.1f}, {max(times[1:]):.1f}]; "
+        median = statistics.median(times[1:])
+        say(f"{name:<18} {median:>7.1f} s a step [{min(times[1:]):.1f}, {max(times[1:]):.1f}]; "
             f"{sum(times):.0f} s in all; mean reward by minute  "
             + "  ".join(f"{minute}: {statistics.mean(r):.2f}" for minute, r in by_minute.items()))
+        return median
 
-    ran("grpo.py", ours("grpo.py", "grpo-1", *group))
+    before = ran("grpo.py", ours("grpo.py", "grpo-1", *group))
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, whose gigabytes end with it
-        ran("TRL GRPOTrainer", pool.apply(trl_run, (c,)))
-    ran("grpo.py again", ours("grpo.py", "grpo-2", *group))
+        theirs = ran("TRL GRPOTrainer", pool.apply(trl_run, (c,)))
+    after = ran("grpo.py again", ours("grpo.py", "grpo-2", *group))
     ran(f"sppo.py, {samples} x 1", ours("sppo.py", "sppo", "--prompts-per-step", samples, "--minibatch", samples,
                                         "--steps", c.sppo_steps, "--critic-lr", 2 * c.lr))
-    step_times = {name: statistics.median(s for s, _ in steps[1:]) for name, steps in runs.items()}
-    mean_ours = (step_times["grpo.py"] + step_times["grpo.py again"]) / 2
-    say(f"\none step of TRL takes {step_times['TRL GRPOTrainer'] / mean_ours:.2f} x the time of one of grpo.py")
+    say(f"\none step of TRL takes {theirs / ((before + after) / 2):.2f} x the time of one of grpo.py")
 
 
 BENCHMARKS = {"step": step, "generate": generate, "sync": sync, "stragglers": stragglers, "trl": trl}

@@ -43,7 +43,8 @@ class PromptCritic(Trained):
 
     def start_from(self, rewards):
         """Before the first update: V = the mean reward [B], for every prompt. Our addition: from V = 1/2, a policy that
-        solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth."""
+        solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth. (With
+        --oversample, what is in flight by then keeps the 1/2 that it was started with.)"""
         mean = (rewards.sum().item() + 0.5) / (len(rewards) + 1)  # never 0 or 1
         self.module.reshard()  # or a gathered copy would be filled, and dropped
         with torch.no_grad():

@@ -74,14 +74,14 @@ AttentionInterface.register("causal", causal_attention)
 AttentionMaskInterface.register("causal", lambda *_, **__: None)
 
 
-# ---- reading and dealing out ----------------------------------------------------------------------------------------
-
 def attention_of(model, trust_remote_code):
     """The attention for `from_pretrained`: `causal_attention`, unless some layers only see a window of the past."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return "sdpa" if windowed or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} else "causal"
 
+
+# ---- reading and dealing out ----------------------------------------------------------------------------------------
 
 def load(kind, model, trust_remote_code):
     """The model of class `kind` (AutoModel, ...) with the checkpoint's weights and dtype on rank 0, which alone reads them;
