@@ -115,7 +115,12 @@ class Measured(sppo.SPPO):
     def __init__(self, run):
         super().__init__(run)
         self.seen, self.held, c = [], [], run.config  # per step: tokens, with padding, of responses; and memory after it
-        self.rates = [matmul_rate(run.device, getattr(torch, c.dtype))]
+        self.rates, start_step = [], run.clock.start_step
+
+        def measured_start():  # before every step, since a shared machine is not equally fast for long
+            self.rates.append(matmul_rate(run.device, getattr(torch, c.dtype)))
+            start_step()
+        run.clock.start_step = measured_start
         if c.response_lengths:
             median, _, sigma = c.response_lengths.partition(":")
             rng, generate, run.engine.stop = random.Random(c.seed), run.engine.generate, []
@@ -159,13 +164,14 @@ def step(arguments):
     sppo.train(config, make)
     run = it.run
     it.rates.append(matmul_rate(run.device, dtype))
-    rate, lm = statistics.mean(it.rates), run.policy.module.lm
+    lm = run.policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
     size = run.policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()][1:]
     products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device, dtype)
     warm = slice(1, None) if len(lines) > 1 else slice(None)  # the first step allocates, compiles and warms caches
-    lines, seen = lines[warm], it.seen[warm]
+    lines, seen, rates = lines[warm], it.seen[warm], it.rates[warm]
+    rate = statistics.mean(rates)
     tokens, padded, generated = (statistics.mean(column) for column in zip(*seen, strict=True))
 
     def seconds(phase):
@@ -181,7 +187,7 @@ def step(arguments):
     say(f"  neither generation, log-probabilities, update nor critic: {100 * (1 - main_four / whole):.1f} % of the step")
     say(f"  rollout {generated / seconds('rollout'):,.0f} tokens/s; update {tokens / update:,.0f} tokens/s")
     say(f"  update {6 * size * tokens / update / 1e12:.3f} TFLOP/s (6 x parameters x tokens), matrix products alone "
-        f"{rate / 1e12:.3f} ({' and '.join(f'{r / 1e12:.3f}' for r in it.rates)} before and after): "
+        f"{rate / 1e12:.3f} ({', '.join(f'{r / 1e12:.3f}' for r in rates)} before, between and after): "
         f"{100 * 6 * size * tokens / update / rate:.0f} %")
     say(f"  the products of this model's own shapes, and nothing else, make {products / 1e12:.3f}: "
         f"{100 * products / rate:.0f} %")
@@ -376,7 +382,7 @@ def trl(arguments):
         shutil.rmtree(Path(c.output) / name, ignore_errors=True)  # side by side in time, or it is no comparison
         lines = metrics_of(Path(c.output) / name, [
             script, "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1, "--lr", c.lr,
-            "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens, "--no-checkpoint-activations",
+            "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens, "--no-checkpoint-activations", "--compile",
             "--warmup-steps", 0, "--save-every", 0, "--eval-every", 0, *options], threads=c.threads)
         return [(m["time/step"], m["reward"]) for m in lines if m["step"]]
 

@@ -175,7 +175,7 @@ def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options)
     that one meets the other's gradients. `options`: as Trained's. With fake=False it is done, and not only as if."""
     rows = 2 * dist.get_world_size()
     batch = Batch([None] * rows, [[0]] * rows, [Response([0] * (tokens - 1), [0.0] * (tokens - 1), True)] * rows,
-                  torch.zeros(rows))
+                  torch.ones(rows))
     batch.old_logprobs, values = batch.rollout_logprobs, torch.zeros(batch.mask.shape)
     options = dict(lr=1e-6, micro_batch_tokens=tokens, **options)
 

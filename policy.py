@@ -9,6 +9,7 @@ Three ideas carry this file:
 """
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import socket
@@ -84,6 +85,22 @@ def micro_batches(lengths, budget):
     return shares[rank] + [[]] * (most - len(shares[rank]))
 
 
+# ---- compiling ------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def compile_block(block):
+    """torch.compile for all of a transformer block but its attention: of that, Inductor makes slow code on a CPU, where
+    softmax and the rotation of queries and keys have no whole vectors (measured in README)."""
+    for name, part in block.named_children():
+        if "attn" in name or "attention" in name:
+            part.forward = torch.compiler.disable(part.forward)
+    block.forward = torch.compile(block.forward, dynamic=True)  # lengths differ from batch to batch
+
+
 # ---- log-probabilities ----------------------------------------------------------------------------------------------
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -93,55 +110,61 @@ class ChunkedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def _logits(hidden, weight, temperature):
-        logits = hidden @ weight.T
+    def scaled(logits, temperature):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits.div_(temperature)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        logprobs, entropy = [], []
-        for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            every = ChunkedLogProbs._logits(h, weight, temperature).log_softmax(-1)
-            logprobs.append(every.gather(-1, target[:, None])[:, 0])
-            entropy.append(-torch.linalg.vecdot(every, every.exp()))
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.rows = temperature, rows
-        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+    def chosen(logits, targets, temperature):
+        every = ChunkedLogProbs.scaled(logits, temperature).log_softmax(-1)
+        return every.gather(-1, targets[:, None])[:, 0], -torch.linalg.vecdot(every, every.exp())
+
+    @staticmethod
+    def weighted_softmax(logits, factors, temperature):
+        probabilities = ChunkedLogProbs.scaled(logits, temperature).softmax(-1)
+        return torch.mul(probabilities, factors[:, None], out=torch.empty_like(probabilities, dtype=logits.dtype))  # rounds
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, compile=False):
+        ctx.temperature, ctx.rows = temperature, max(1, CHUNK_ELEMENTS // weight.shape[0])
+        ctx.compiled = compiled if compile else lambda function: function
+        parts = [ctx.compiled(ChunkedLogProbs.chosen)(h @ weight.T, target.clone(), temperature)  # views compile one by one
+                 for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)]
+        logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, logprobs)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        hidden, weight, targets, logprobs = ctx.saved_tensors
+        grad_hidden, grad_weight, grad = torch.empty_like(hidden), torch.zeros_like(weight), grad / ctx.temperature
+        # d logprob[target] / d logits = (onehot(target) - softmax) / temperature
+        of_target = (grad * (1 - logprobs.exp())).to(hidden.dtype)
         for i in range(0, len(hidden), ctx.rows):
             chunk = slice(i, i + ctx.rows)
-            probabilities = ChunkedLogProbs._logits(hidden[chunk], weight, ctx.temperature).softmax(-1)
-            # d logprob[target] / d logits = (onehot(target) - softmax) / temperature
-            probabilities.scatter_add_(-1, targets[chunk, None], -torch.ones_like(probabilities[:, :1]))
-            d_logits = torch.empty_like(probabilities, dtype=hidden.dtype)
-            torch.mul(probabilities, -grad[chunk, None] / ctx.temperature, out=d_logits)  # rounds on its way
+            d_logits = ctx.compiled(ChunkedLogProbs.weighted_softmax)(hidden[chunk] @ weight.T, -grad[chunk], ctx.temperature)
+            d_logits.scatter_(-1, targets[chunk, None], of_target[chunk, None])
             grad_hidden[chunk] = d_logits @ weight
             grad_weight.addmm_(d_logits.T, hidden[chunk])  # rounds to the weight's type once a chunk
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 class LogProbModel(nn.Module):
     """A causal LM that answers with the log-probabilities of given tokens. The output layer is applied in here, inside
     the forward that FSDP knows of, so that its weight is gathered when it is needed."""
 
-    def __init__(self, lm):
+    def __init__(self, lm, compile=False):
         super().__init__()
-        self.lm = lm
+        self.lm, self.compile_logprobs = lm, compile
 
     def forward(self, ids, scored, temperature):
         """ids [b, L] right-padded; scored [n]: places in ids.flatten(), whose next token is predicted -> logprobs, entropy [n].
         No attention mask: nothing attends to padding that stands on its right, and the fast causal kernel applies."""
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         weight = self.lm.get_output_embeddings().weight
-        return ChunkedLogProbs.apply(hidden.flatten(0, 1)[scored], weight, ids.flatten()[scored + 1], temperature)
+        return ChunkedLogProbs.apply(hidden.flatten(0, 1)[scored], weight, ids.flatten()[scored + 1], temperature,
+                                     self.compile_logprobs)
 
 
 def pad(sequences, device):
@@ -178,7 +201,7 @@ class Trained:
 
     def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
                  micro_batch_tokens=16384, checkpoint_activations=True, offload=False, offload_between=False,
-                 replicas=1):
+                 replicas=1, compile=False):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
         self.offload_between = offload_between
         self.dtype = getattr(torch, dtype)
@@ -194,6 +217,8 @@ class Trained:
             offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
         blocks = set(backbone._no_split_modules or ())
         for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
+            if compile and type(part).__name__ in blocks:
+                compile_block(part)
             deal_out(part, device)  # one block at a time, and then the rest: a whole model in float32 might not fit
             fully_shard(part, **options)
         # Training mode, or transformers would not checkpoint activations; but no dropout: pi_old and pi must agree.
@@ -298,7 +323,7 @@ class Trained:
 class Policy(Trained):
     """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
 
-    def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
+    def __init__(self, model, device, *, temperature, trust_remote_code=False, compile=False, **options):
         lm = load(AutoModelForCausalLM, model, trust_remote_code)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
@@ -309,7 +334,7 @@ class Policy(Trained):
         saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
         dist.broadcast_object_list(saved)
         self.save_dtype, self.temperature = saved[0], temperature
-        super().__init__(LogProbModel(lm), device, **options)
+        super().__init__(LogProbModel(lm, compile), device, compile=compile, **options)
 
     def score(self, sequences):
         """Log-probabilities and entropies of responses under the current weights, with gradient.

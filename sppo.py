@@ -17,7 +17,9 @@ a batch is sampled), policy.py, rollout.py, reward.py. The other algorithms impo
 baseline.
 """
 import importlib.util
+import os
 import random
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -70,6 +72,7 @@ class Config(CommandLine):
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "compute type; weights and optimiser stay float32")
     micro_batch_tokens: int = option(16384, "tokens per forward and backward on a rank; lower it if memory runs out")
     checkpoint_activations: bool = option(True, "recompute activations in the backward: a third more compute, far less memory")
+    compile: bool = option(False, "torch.compile what is neither attention nor matrix product: faster, after a minute")
     replicas: int = option(1, "copies of the sharded model, say one a node: weights are then gathered within it (HSDP)")
     offload: bool = option(False, "keep parameters and optimiser state in host memory")
     offload_between: bool = option(False, "keep them there but for the one model that is being trained, which is faster")
@@ -99,6 +102,8 @@ class Config(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step {self.prompts_per_step}; "
                              "choose a divisor, or the same number for one optimiser step a rollout")
+        if self.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise InputError("--compile: needs a C++ compiler (g++ or clang++), and there is none; install one or leave it out")
         if self.offload and self.offload_between:
             raise InputError("--offload and --offload-between: one keeps all models on the host, the other all but one; choose")
         if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
@@ -115,7 +120,7 @@ class Config(CommandLine):
         """What policy and critics are trained with alike."""
         return {name: getattr(self, name) for name in (
             "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "checkpoint_activations", "offload",
-            "offload_between", "replicas", "trust_remote_code")}
+            "offload_between", "replicas", "compile", "trust_remote_code")}
 
 
 # ---- the mathematics ------------------------------------------------------------------------------------------------
@@ -291,11 +296,14 @@ def train(config, make_baseline):
 
 
 def policy_step(policy, batch, rows, advantages, config):
-    """One optimiser step on the mini-batch `rows` (a slice). Returns metrics."""
-    sequences, mask, advantages = batch.sequences[rows], batch.mask[rows], advantages[rows]
-    rollout = batch.rollout_logprobs[rows]
-    old = None if batch.old_logprobs is None else batch.old_logprobs[rows]
+    """One optimiser step on the mini-batch `rows` (a slice). Returns metrics: means over all tokens that have a gradient."""
+    rows = list(range(len(batch.responses)))[rows]
+    # Without an advantage, no gradient: what GRPO sampled for a group whose rewards agree need not be read again.
+    useful = [i for i in rows if advantages[i].any()] or rows[:1]
+    sequences, mask, rollout = [batch.sequences[i] for i in useful], batch.mask[useful], batch.rollout_logprobs[useful]
+    old = None if batch.old_logprobs is None else batch.old_logprobs[useful]
     num_tokens = mask.sum()  # of the whole mini-batch, over all ranks and micro-batches
+    advantages = advantages[useful] * (num_tokens / batch.mask[rows].sum())  # so that the loss is a mean over all rows
 
     def loss_of(micro):
         logprobs, entropy = policy.score([sequences[i] for i in micro])

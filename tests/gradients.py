@@ -12,7 +12,7 @@ from rollout import Response
 from run import Batch
 from sppo import Config, policy_step
 
-output, replicas, *budgets = sys.argv[1], *map(int, sys.argv[2:])
+output, compile, replicas, *budgets = sys.argv[1], *map(int, sys.argv[2:])
 device = init_distributed()
 # Five long responses, each a micro-batch of its own, and some short ones: two ranks get different numbers of them.
 lengths = [90, 1, 85, 9, 80, 3, 75, 14, 70, 7, 2]
@@ -20,7 +20,7 @@ results = {}
 for budget in budgets:
     rng = random.Random(0)
     policy = Policy(BUILTIN_MODEL, device, temperature=0.7, lr=1e-3, dtype="float32", micro_batch_tokens=budget,
-                    checkpoint_activations=budget == 100, replicas=replicas)
+                    checkpoint_activations=budget == 100, replicas=replicas, compile=bool(compile))
     prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 12))] for _ in lengths]
     responses = [Response([rng.randrange(256) for _ in range(n)], [-rng.random() for _ in range(n)], True) for n in lengths]
     batch = Batch([None] * len(lengths), prompts, responses, torch.zeros(len(lengths)))
@@ -36,7 +36,8 @@ for budget in budgets:
     mine = torch.tensor([sum(map(bool, micro_batches([len(p) + len(r) for p, r in batch.sequences], budget)))])
     counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, mine)
-    results[budget] = {"metrics": metrics, "gradients": gradients, "micro_batches": [int(c) for c in counts]}
+    results[budget] = {"metrics": metrics, "gradients": gradients, "micro_batches": [int(c) for c in counts],
+                       "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"] if compile else 0}
 if dist.get_rank() == 0:
     torch.save(results, output)
 dist.destroy_process_group()

@@ -1,13 +1,16 @@
 """Micro-batches, ranks, memory and saving change nothing about what is learned."""
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 import policy
 import pretrained
@@ -16,7 +19,7 @@ from data import BUILTIN_MODEL, InputError, load_tokenizer
 from plan import Count, LiveBytes, largest_budget, phases, shape_of
 from rollout import Response
 from run import Batch, memory_line, say_memory
-from sppo import Config, policy_step
+from sppo import Config, clipped_policy_loss, policy_step
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -43,7 +46,7 @@ def gradients(tmp_path_factory):
     found = {}
     for ranks, replicas in ((1, 1), (2, 1), (4, 2)):
         output = tmp_path_factory.mktemp("gradients") / "g.pt"
-        done = run("tests/gradients.py", output, replicas, 10**6, 100, 150, ranks=ranks - 1 and ranks)
+        done = run("tests/gradients.py", output, 0, replicas, 10**6, 100, 150, ranks=ranks - 1 and ranks)
         assert done.returncode == 0, done.stderr
         found.update({(ranks, budget): result for budget, result in torch.load(output).items()})
     return found
@@ -58,11 +61,55 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(gradients, p
         assert reference["micro_batches"] == [1]
         assert len(set(others[1]["micro_batches"])) == 2, "the two ranks should have unequal numbers of micro-batches"
     for other in others:
-        for name, value in reference["metrics"].items():
-            assert other["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
-        for name, gradient in reference["gradients"].items():
-            difference = (other["gradients"][name] - gradient).norm() / gradient.norm()
-            assert difference < 1e-5, (name, difference)
+        same(other, reference)
+
+
+def same(one, other):
+    for name, value in other["metrics"].items():
+        assert one["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    for name, gradient in other["gradients"].items():
+        difference = (one["gradients"][name] - gradient).norm() / gradient.norm()
+        assert difference < 1e-5, (name, difference)
+
+
+def test_compiling_wants_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(InputError, match="--compile: needs a C.. compiler"):
+        Config(compile=True).check()
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
+@pytest.mark.xdist_group("gradients")
+def test_compiled_it_is_the_same(gradients, tmp_path):
+    """With and without checkpointed activations. Not forked: other tests have compiling turned off."""
+    done = subprocess.run([sys.executable, "tests/gradients.py", tmp_path / "g.pt", "1", "1", "100", "150"], cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "0"}, timeout=600,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for budget, result in torch.load(tmp_path / "g.pt").items():
+        assert result["compiled"]
+        same(result, gradients[1, budget])
+
+
+def test_a_response_without_an_advantage_is_not_read_again_and_counts(device):
+    """Against the loss of all rows, whole."""
+    rng = random.Random(0)
+    ours = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32", max_grad_norm=1e9)
+    responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (7, 4, 9, 5)]
+    batch = Batch([None] * 4, [[1, 2, 3], [4, 5], [6], [7, 8]], responses, torch.zeros(4))
+    batch.old_logprobs = ours.logprobs(batch.sequences) + 0.3 * torch.randn(batch.mask.shape)
+    advantages, read, score, found = torch.tensor([0.0, 1.0, 0.0, -2.0]), [], ours.score, {}
+    ours.optimizer.step = lambda: found.update((name, p.grad.full_tensor()) for name, p in ours.module.named_parameters())
+    ours.score = lambda sequences: read.extend(sequences) or score(sequences)
+    policy_step(ours, batch, slice(0, 4), advantages, Config())
+    assert sorted(read) == sorted([batch.sequences[1], batch.sequences[3]])
+    loss, _ = clipped_policy_loss(score(batch.sequences)[0], batch.old_logprobs, advantages, batch.mask)
+    loss.backward()
+    for name, parameter in ours.module.named_parameters():
+        assert torch.allclose(found[name], parameter.grad.full_tensor(), atol=1e-6), name
+    ours.optimizer.zero_grad()
+    metrics = policy_step(ours, batch, slice(0, 4), torch.zeros(4), Config())
+    assert not metrics["policy/skipped"] and not any(gradient.any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("ranks, replicas, offload, tied", [(2, 1, "offload", True), (4, 2, "", False)])
