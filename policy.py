@@ -112,7 +112,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def scaled(logits, temperature):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if temperature == 1 else logits.div_(temperature)
+        return logits if temperature == 1 else logits / temperature
 
     @staticmethod
     def chosen(logits, targets, temperature):

@@ -1,6 +1,5 @@
 """Micro-batches, ranks, memory and saving change nothing about what is learned."""
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, environment, run
 
 import policy
 import pretrained
@@ -83,7 +82,7 @@ def test_compiling_wants_a_compiler(monkeypatch):
 def test_compiled_it_is_the_same(gradients, tmp_path):
     """With and without checkpointed activations. Not forked: other tests have compiling turned off."""
     done = subprocess.run([sys.executable, "tests/gradients.py", tmp_path / "g.pt", "1", "1", "100", "150"], cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "0"}, timeout=600,
+                          env=environment() | {"TORCHDYNAMO_DISABLE": "0"}, timeout=600,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for budget, result in torch.load(tmp_path / "g.pt").items():
