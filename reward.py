@@ -198,25 +198,31 @@ def _work(timeout):
     equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables, once, before the first fork
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     child = None
-    for line in sys.stdin:
-        if child is None:
-            pipe, theirs = context.Pipe()
-            child = context.Process(target=_compare_forever, args=(theirs, pipe, timeout), daemon=True)
-            child.start()
-            theirs.close()  # so that a dead child is an end of file here
-        pipe.send(json.loads(line))
-        verdict = "timeout"
-        if pipe.poll(timeout * PATIENCE):
-            try:
-                verdict = pipe.recv()
-            except EOFError:
+    try:
+        for line in sys.stdin:
+            if child is None:
+                pipe, theirs = context.Pipe()
+                child = context.Process(target=_compare_forever, args=(theirs, pipe, timeout), daemon=True)
+                child.start()
+                theirs.close()  # so that a dead child is an end of file here
+            pipe.send(json.loads(line))
+            verdict = "timeout"
+            if pipe.poll(timeout * PATIENCE):
+                try:
+                    verdict = pipe.recv()
+                except EOFError:
+                    child.join()
+                    verdict = "timeout" if PATIENCE > 1 and child.exitcode == -signal.SIGPROF else "crash"
+            if verdict in ("timeout", "crash"):
+                child.kill()
                 child.join()
-                verdict = "timeout" if PATIENCE > 1 and child.exitcode == -signal.SIGPROF else "crash"
-        if verdict in ("timeout", "crash"):
-            child.kill()
-            child.join()
-            child = None
-        print(verdict, flush=True)
+                child = None
+            print(verdict, flush=True)
+    except BrokenPipeError:
+        pass  # the trainer was killed, and wants no verdict
+    finally:
+        if child:
+            child.kill()  # to end, Python would wait for it for ever, since it ignores SIGTERM as we do
 
 
 if __name__ == "__main__":

@@ -158,3 +158,12 @@ def test_every_gold_answer_of_math500_and_aime24_equals_itself(verifier):
     golds += [json.loads(line)["answer"] for line in (SHARED / "data/aime24.jsonl").read_text().splitlines()]
     assert len(golds) == 530
     assert verifier.score([f"It is \\boxed{{{gold}}}." for gold in golds], golds) == [1.0] * 530
+
+
+def test_a_worker_ends_when_its_trainer_is_killed_while_it_verifies():
+    worker = Verifier(1, 1.0)._start()
+    worker.stdin.write(json.dumps(["1", "1"]) + "\n")
+    worker.stdin.flush()
+    for pipe in (worker.stdout, worker.stdin):  # as a kill leaves them
+        pipe.close()
+    assert worker.wait(60) is not None
