@@ -89,6 +89,7 @@ def micro_batches(lengths, budget):
 
 @functools.cache
 def compiled(function):
+    """`function`, compiled once for tensors of all lengths."""
     return torch.compile(function, dynamic=True)
 
 
@@ -111,24 +112,27 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def scaled(logits, temperature):
+        # Not in place: Inductor (2.13) fails on a float32 `div_` here.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits / temperature
 
     @staticmethod
     def chosen(logits, targets, temperature):
+        """[n, V], [n] -> log-probabilities of the targets [n], entropies [n]."""
         every = ChunkedLogProbs.scaled(logits, temperature).log_softmax(-1)
         return every.gather(-1, targets[:, None])[:, 0], -torch.linalg.vecdot(every, every.exp())
 
     @staticmethod
     def weighted_softmax(logits, factors, temperature):
+        """[n, V], [n] -> each row's probabilities by its factor [n, V], rounded to the logits' type."""
         probabilities = ChunkedLogProbs.scaled(logits, temperature).softmax(-1)
-        return torch.mul(probabilities, factors[:, None], out=torch.empty_like(probabilities, dtype=logits.dtype))  # rounds
+        return torch.mul(probabilities, factors[:, None], out=torch.empty_like(probabilities, dtype=logits.dtype))
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, compile=False):
         ctx.temperature, ctx.rows = temperature, max(1, CHUNK_ELEMENTS // weight.shape[0])
         ctx.compiled = compiled if compile else lambda function: function
-        parts = [ctx.compiled(ChunkedLogProbs.chosen)(h @ weight.T, target.clone(), temperature)  # views compile one by one
+        parts = [ctx.compiled(ChunkedLogProbs.chosen)(h @ weight.T, target.clone(), temperature)  # views compile anew
                  for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)]
         logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, logprobs)

@@ -219,7 +219,7 @@ def _work(timeout):
                 child = None
             print(verdict, flush=True)
     except BrokenPipeError:
-        pass  # the trainer was killed, and wants no verdict
+        pass  # the trainer was killed, and wants no verdict; or our child was, and the trainer starts another of us
     finally:
         if child:
             child.kill()  # to end, Python would wait for it for ever, since it ignores SIGTERM as we do

@@ -72,7 +72,7 @@ class Config(CommandLine):
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "compute type; weights and optimiser stay float32")
     micro_batch_tokens: int = option(16384, "tokens per forward and backward on a rank; lower it if memory runs out")
     checkpoint_activations: bool = option(True, "recompute activations in the backward: a third more compute, far less memory")
-    compile: bool = option(False, "torch.compile what is neither attention nor matrix product: faster, after a minute")
+    compile: bool = option(False, "torch.compile what is neither attention nor matrix product: faster, after half a minute")
     replicas: int = option(1, "copies of the sharded model, say one a node: weights are then gathered within it (HSDP)")
     offload: bool = option(False, "keep parameters and optimiser state in host memory")
     offload_between: bool = option(False, "keep them there but for the one model that is being trained, which is faster")

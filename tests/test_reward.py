@@ -161,7 +161,7 @@ def test_every_gold_answer_of_math500_and_aime24_equals_itself(verifier):
 
 
 def test_a_worker_ends_when_its_trainer_is_killed_while_it_verifies():
-    worker = Verifier(1, 1.0)._start()
+    worker = Verifier(1, 1.0)._idle.get()
     worker.stdin.write(json.dumps(["1", "1"]) + "\n")
     worker.stdin.flush()
     for pipe in (worker.stdout, worker.stdin):  # as a kill leaves them
