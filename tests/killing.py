@@ -52,15 +52,19 @@ def saved():
 rng, until_first_save = random.Random(0), None
 report = {"kills": 0, "while saving": 0, "steps": []}
 while report["kills"] < kills:
-    begun, child = time.time(), start()
+    begun, at_first, child = time.time(), saved(), start()
+    most = last - 3 - (kills - report["kills"])  # steps are left for the other kills
     if report["kills"] % 4 == 0:  # every fourth in the midst of a save
         while alive(child) and not any(changed > begun for changed in partial()):
             time.sleep(0.0005)
-        until_first_save = until_first_save or time.time() - begun  # machines differ
+        until_first_save = time.time() - begun  # machines differ, and so do their minutes
         time.sleep(rng.uniform(0, 0.02))
-    else:
-        until = time.time() + rng.uniform(0.3, 2.0) * until_first_save
-        while time.time() < until and saved() < last - 3 - (kills - report["kills"]):  # steps are left for the other kills
+    else:  # at any time of the start, or of the steps after one more save or two
+        saves = rng.choice((0, 1, 2))
+        while alive(child) and saved() < min(at_first + saves, most):
+            time.sleep(0.002)
+        until = time.time() + rng.uniform(0, 0.2 if saves else 1) * until_first_save
+        while time.time() < until and saved() < most:
             time.sleep(0.002)
     if not alive(child):
         sys.exit(f"the run ended by itself: {report}")
