@@ -310,17 +310,23 @@ def stragglers(arguments):
             say(f"  seed {seed}  {name:<24} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
                 f"{lines[-1]['eval_accuracy']:.3f}")
     say(f"\n{c.steps} steps of {c.prompts} responses, {c.seeds} seeds: mean [lowest, highest]\n")
-    say(f"{'':<24}{'responses/s':>24}{'sampling, s a step':>20}{'accuracy':>24}{'tokens trained on':>20}")
+    say(f"{'':<22}{'responses/s':>20}{'sampling, s a step':>20}{'decodings a step':>20}{'places idle':>19}{'accuracy':>22}"
+        f"{'tokens trained on':>20}")
+    means = {}
     for name, all_lines in runs.items():
         columns = [  # where a rank waits for the others, it is in time/reward
             [c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines],
             [statistics.mean(m["time/rollout"] + m["time/reward"] for m in lines[1:]) for lines in all_lines],
+            [statistics.mean(m["rollout/longest"] for m in lines[1:]) for lines in all_lines],
+            [statistics.mean(m["rollout/idle"] for m in lines[1:]) for lines in all_lines],
             [lines[-1]["eval_accuracy"] for lines in all_lines],
             [statistics.mean(m["response_tokens"] for m in lines[1:]) for lines in all_lines]]
-        say(f"{name:<24}" + "".join(f"{statistics.mean(x):>{w}.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]"
-                                    for x, w, d in zip(columns, (8, 6, 8, 6), (1, 2, 3, 1), strict=True)))
-    speed = [statistics.mean(c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines) for all_lines in runs.values()]
-    say("\nresponses trained on per second: " + ", ".join(f"{s / speed[0]:.2f} x" for s in speed[1:]))
+        means[name] = [statistics.mean(x) for x in columns]
+        say(f"{name:<22}" + "".join(f"{f'{statistics.mean(x):.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]':>{w}}" for x, w, d in
+                                    zip(columns, (20, 20, 20, 19, 22, 20), (1, 2, 0, 2, 3, 1), strict=True)))
+    for name, values in list(means.items())[1:]:
+        say(f"\n{name}: {values[0] / means['waiting'][0]:.2f} x the responses trained on per second, in 1 / "
+            f"{means['waiting'][2] / values[2]:.1f} of the decodings")
 
 
 # ---- beside TRL -----------------------------------------------------------------------------------------------------

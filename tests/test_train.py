@@ -103,6 +103,8 @@ def test_oversampling_on_two_ranks(tmp_path):
     assert max(m["rollout/age"] for m in lines) > 0
     trained = sum(16 * m["response_tokens"] for m in lines)
     assert trained == sum(m["rollout/generated_tokens"] for m in lines)
+    first = lines[0]  # 32 responses in flight, and none begun before
+    assert first["rollout/idle"] == pytest.approx(1 - first["rollout/generated_tokens"] / (32 * first["rollout/longest"]))
     assert all(m["policy/kl"] < 0.1 for m in lines)  # pi_old is that of each token, not of another
 
 
@@ -125,6 +127,7 @@ def test_files_and_single_minibatch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "dropped 1 of 101 problems" in done.stdout
     last = metrics(tmp_path / "out")[-1]
+    assert last["rollout/idle"] == pytest.approx(1 - last["response_tokens"] / last["rollout/longest"])
     assert last["policy/clip_fraction"] == 0 and last["policy/kl"] == 0 and last["policy/rollout_gap"] < 1e-3
 
 
