@@ -69,7 +69,6 @@ class InFlight:
                 return finished >= quota and not missing
             return enough
 
-        tokens = sum(len(s.response.ids) for s in open_)
         done = run.generate([s.prompt for s in open_], [s.problem.answer for s in open_], [c.temperature] * len(open_),
                             begun=[s.response for s in open_], until=until)
         for i, (response, reward) in done.items():
@@ -77,8 +76,7 @@ class InFlight:
         taken = [s for s in self.started if s.reward is not None][:count]
         gone = set(map(id, taken))
         self.started = [s for s in self.started if id(s) not in gone]
-        metrics = {"rollout/generated_tokens": sum(len(s.response.ids) for s in open_) - tokens,
-                   "rollout/age": sum(step - s.step for s in taken) / count, "rollout/overdue": len(overdue),
+        metrics = {"rollout/age": sum(step - s.step for s in taken) / count, "rollout/overdue": len(overdue),
                    "rollout/in_flight": len(self.started)}
         return taken, metrics
 

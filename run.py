@@ -51,7 +51,7 @@ class Run:
                 raise InputError(f"{name} {size} does not divide the {dist.get_world_size()} ranks")
         self.clock = Clock(self.device)
         self.given_up = {"reward/timeouts": 0, "reward/crashes": 0}  # so far
-        self.decoding = {}  # of the last call of `generate`: how long it took, in tokens, and who had to wait
+        self.decoding = {}  # of the last call of `generate`: metrics of how well the engines were filled
         self.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
         check_answers(self, c.dataset)
         torch.manual_seed(c.seed)
@@ -87,8 +87,8 @@ class Run:
         """{number of the prompt: (Response, reward)}, the same on every rank. The engines share the prompts, of which
         `neighbours` that follow each other go to the same one. begun: a Response per prompt, to be gone on with.
         until(engine's prompts, number of the engine, number of engines): tells when it may stop, as in rollout.py; what is
-        paused then has the reward None. Leaves in `decoding` the most tokens that any response got, which is how often the
-        engines decoded, and the share of their places that were empty, since a response had ended and the longest had not."""
+        paused then has the reward None. Leaves in `decoding` the tokens written; the most that any response got, which is how
+        often engines decoded that hold all at once; and the share of places left empty until the longest was written."""
         c, world = self.config, dist.get_world_size()
         first_seed = self.random.getrandbits(40)
         engine, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
@@ -114,7 +114,8 @@ class Run:
         done = {j: result for part in parts for j, result in part.items()}
         written = [len(response.ids) - (len(begun[j].ids) if begun else 0) for j, (response, _) in done.items()]
         longest = max(written, default=0)
-        self.decoding = {"rollout/longest": longest, "rollout/idle": 1 - sum(written) / max(1, len(prompts) * longest)}
+        self.decoding = {"rollout/generated_tokens": sum(written), "rollout/longest": longest,
+                         "rollout/idle": 1 - sum(written) / max(1, len(prompts) * longest)}
         return done
 
 

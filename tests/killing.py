@@ -49,7 +49,7 @@ def saved():
     return max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
 
 
-rng, until_first_save = random.Random(0), None
+rng = random.Random(0)
 report = {"kills": 0, "while saving": 0, "steps": []}
 while report["kills"] < kills:
     begun, at_first, child = time.time(), saved(), start()

@@ -105,7 +105,6 @@ def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
         ages = [step - s.step for step, (taken, _) in enumerate(steps, 1) for s in taken]
         assert max(ages) <= staleness + oversample  # waited for in time, and then perhaps in turn
         assert staleness == 100 or sum(m["rollout/overdue"] for _, m in steps) > 0
-        assert sum(m["rollout/generated_tokens"] for _, m in steps) == sum(lengths)
         if staleness == 100:  # each token keeps the log-probability of the policy that chose it
             slowest = max(taken, key=lambda s: len(set(s.response.logprobs)))
             assert len(set(slowest.response.logprobs)) > 3
