@@ -9,7 +9,6 @@
 
 Machines are noisy: what is compared runs side by side, in turns, and the ratio is what counts.
 """
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -22,6 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import sppo
 from cli import CommandLine, clear_errors, option, say
@@ -103,9 +103,6 @@ class StepConfig(sppo.Config):
     def check(self):
         if self.shape and self.shape not in SHAPES:
             raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
-        if self.response_lengths and (self.engine == "transformers" or not importlib.util.find_spec("vllm")):
-            raise InputError("--response-lengths: needs vLLM; with --shape and without vLLM, every response is as long as "
-                             "--max-response-tokens, since random weights do not stop")
         super().check()
 
 
@@ -283,6 +280,7 @@ class StragglerConfig(CommandLine):
     oversample: float = option(1.5, "as sppo.py's --oversample")
     max_staleness: tuple[int, ...] = option((16, 4), "as sppo.py's; each is tried")
     ranks: int = option(2, "processes, each with one thread and an engine of its own")
+    engine: Literal["vllm", "transformers"] = option("vllm", "what samples")
     lr: float = option(1.5e-4, "learning rate; with 0 nothing is learned, and lengths stay what they are")
     BUILTIN = {}
 
@@ -300,8 +298,8 @@ def stragglers(arguments):
     runs = {name: [] for name in settings}
     for seed in range(c.seeds):
         for name, options in settings.items():  # in turns
-            lines = metrics_of(Path(c.output) / f"{name.replace(' ', '-')}-lr{c.lr:g}-{seed}", [
-                "sppo.py", "--model", model, "--engine", "vllm", "--temperature", 1, "--max-prompt-tokens", 64,
+            lines = metrics_of(Path(c.output) / f"{c.engine}-{name.replace(' ', '-')}-lr{c.lr:g}-{seed}", [
+                "sppo.py", "--model", model, "--engine", c.engine, "--temperature", 1, "--max-prompt-tokens", 64,
                 "--max-response-tokens", 1050, "--dtype", "float32", "--no-checkpoint-activations", "--lr", c.lr,
                 "--critic-lr", 1e-3, "--warmup-steps", 0, "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps,
                 "--prompts-per-step", c.prompts, "--minibatch", c.prompts // 2, "--steps", c.steps,

@@ -74,7 +74,7 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks share one core
         import vllm
         self.name = f"vLLM {vllm.__version__}"
-        self.SamplingParams, self.output_kind = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind
+        self.SamplingParams, self.FINAL_ONLY = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.llm = vllm.LLM(
             model, dtype=dtype, max_model_len=max_tokens, tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher", trust_remote_code=trust_remote_code, load_format="safetensors",
@@ -96,26 +96,26 @@ class VLLMEngine:
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         engine, begun = self.llm.llm_engine, begun or [Response([], [], False)] * len(prompts)
-        # With nothing to pause, a response comes in one piece when it is done; otherwise in as many as there are steps.
-        kind = self.output_kind.DELTA if until else self.output_kind.FINAL_ONLY
-        so_far = {i: ([*b.ids], [*b.logprobs]) for i, b in enumerate(begun)}
         for i, ids in enumerate(prompts):
             engine.add_request(str(i), {"prompt_token_ids": ids + begun[i].ids}, self.SamplingParams(
                 temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(begun[i].ids), seed=seeds and seeds[i],
                 stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
-                output_kind=kind))
+                output_kind=self.FINAL_ONLY))
+
+        def response(i, ids, flat, **end):
+            return Response([*begun[i].ids, *ids], [*begun[i].logprobs, *(flat.logprobs[k] for k in flat.start_indices)], **end)
         stop = False
         while engine.has_unfinished_requests() and not stop:
             for request in engine.step():
-                i, output, flat = int(request.request_id), request.outputs[0], request.outputs[0].logprobs
-                so_far[i][0].extend(output.token_ids)
-                so_far[i][1].extend(flat.logprobs[k] for k in flat.start_indices)
-                if request.finished:
-                    yield i, Response(*so_far.pop(i), output.finish_reason == "stop")
-                    stop = until is not None and until(i)
-        engine.abort_request([str(i) for i in so_far])
-        for i, (ids, logprobs) in so_far.items():
-            yield i, Response(ids, logprobs, finished=False, paused=True)
+                i, output = int(request.request_id), request.outputs[0]
+                yield i, response(i, output.token_ids, output.logprobs, finished=output.finish_reason == "stop")
+                stop = until is not None and until(i)
+        # What is paused is read where vLLM gathers it: to be handed every token when it is chosen would cost more.
+        paused = [*engine.output_processor.request_states.values()]
+        engine.abort_request([state.external_req_id for state in paused])
+        for state in paused:
+            i, ids, flat = int(state.external_req_id), state.detokenizer.output_token_ids, state.logprobs_processor.logprobs
+            yield i, response(i, ids, flat, finished=False, paused=True)
 
     def sleep(self):
         if self.device.type == "cuda":
@@ -165,30 +165,40 @@ class TransformersEngine:
         self.random = torch.Generator().manual_seed(seed + dist.get_rank())
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True).to(device).eval()
+        self.lm.generation_config = transformers.GenerationConfig()  # as for vLLM: no repetition penalty of the model's own
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()
     def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
-        """As VLLMEngine's; but `max_tokens` is one number, and all responses are written to their end,
-        `until` or not."""
-        from transformers import GenerationConfig, LogitsProcessorList
+        """As VLLMEngine's, but in batches, the shortest prompts first, whose responses come together when all have ended
+        (with `until`, in a single batch)."""
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+        begun = begun or [Response([], [], False)] * len(prompts)
+        prompts = [ids + b.ids for ids, b in zip(prompts, begun, strict=True)]
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        limits = [limit - len(b.ids) for limit, b in zip(limits, begun, strict=True)]
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for rows in (by_length[i : i + self.BATCH] for i in range(0, len(prompts), self.BATCH)):
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.tensor([[self.stop[0]] * (width - len(prompts[i])) + prompts[i] for i in rows])
+        done, size = {}, len(prompts) if until and prompts else self.BATCH  # of several, each would wait for its longest
+        for rows in (by_length[i : i + size] for i in range(0, len(prompts), size)):
+            width, most = max(len(prompts[i]) for i in rows), max(limits[i] for i in rows)
+            ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows])
             attended = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            sampler = Sampler([temperatures[i] for i in rows], top_p, [seeds[i] for i in rows], max_tokens, self.device)
+            sampler = Sampler([temperatures[i] for i in rows], top_p, [seeds[i] for i in rows], most, self.device)
+            ends = Ends(rows, [limits[i] for i in rows], self.stop, until, self.device)
             output = self.lm.generate(
-                ids.to(self.device), attention_mask=attended.to(self.device),
-                logits_processor=LogitsProcessorList([sampler]),
-                generation_config=GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=self.stop,
-                                                   pad_token_id=self.stop[0]))
+                ids.to(self.device), attention_mask=attended.to(self.device), logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+                generation_config=GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=0))
             logprobs = torch.cat(sampler.logprobs, dim=1).tolist()
             for i, sampled, lp in zip(rows, output[:, width:].tolist(), logprobs, strict=True):
-                end = next((k + 1 for k, token in enumerate(sampled) if token in self.stop), len(sampled))
-                yield i, Response(sampled[:end], lp[:end], sampled[end - 1] in self.stop)
+                length, ended = ends.lengths.get(i, len(sampled)), i in ends.lengths
+                done[i] = Response([*begun[i].ids, *sampled[:length]], [*begun[i].logprobs, *lp[:length]],
+                                   finished=ended and sampled[length - 1] in self.stop, paused=not ended)
+            for i in ends.lengths:
+                yield i, done.pop(i)
+        yield from done.items()
 
     def sleep(self):
         pass
@@ -225,3 +235,23 @@ class Sampler:
         token = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
         self.logprobs.append(logprobs.gather(1, token))
         return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
+
+
+class Ends:
+    """Tells transformers' `generate` which rows have ended: at a stop token, or out of tokens; or all, because `until`,
+    called with the number of each that ends, is true."""
+
+    def __init__(self, rows, limits, tokens, until, device):
+        self.rows, self.until, self.stop, self.written = rows, until, False, 0
+        self.limits = torch.tensor(limits, device=device)
+        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)
+        self.lengths = {}  # of those that have ended, in that order
+
+    def __call__(self, ids, scores, **_):
+        self.written += 1
+        ended = torch.isin(ids[:, -1], self.tokens) | (self.limits <= self.written)
+        for row in [] if self.stop else ended.nonzero()[:, 0].tolist():
+            if self.rows[row] not in self.lengths:  # what has ended goes on being written, and is not read
+                self.lengths[self.rows[row]] = self.written
+                self.stop = self.until is not None and self.until(self.rows[row])
+        return ended | self.stop

@@ -22,7 +22,8 @@ seen = dict(events=[], requests=[], batches=[], resident=[], seed=None)
 class LLM:
     def __init__(self, model, *, seed, tensor_parallel_size, enable_sleep_mode, **options):
         assert enable_sleep_mode and tensor_parallel_size == 2
-        self.llm_engine = self.engine_core = self
+        self.llm_engine = self.engine_core = self.output_processor = self
+        self.request_states = {}  # nothing is paused here
         self.awake, self.waiting, seen["seed"] = {"weights", "kv_cache"}, {}, seed
         seen["events"].append("init")
 

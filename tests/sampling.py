@@ -1,5 +1,6 @@
 """Run by test_rollout.py: samples from an engine before and after the policy's weights change, and prints what it saw."""
 import json
+import shutil
 import sys
 
 import torch
@@ -10,10 +11,13 @@ from policy import Policy, init_distributed
 from rollout import make_engine, stop_tokens
 
 device = init_distributed()
+model = f"{sys.argv[2]}/model"  # one that asks for another distribution than its own, as chat models do
+shutil.copytree(BUILTIN_MODEL, model)
+with open(f"{model}/generation_config.json", "w") as file:
+    json.dump({"do_sample": True, "repetition_penalty": 1.3, "top_k": 3}, file)
 tokenizer = load_tokenizer(BUILTIN_MODEL)
 prompts = [render(p.messages, tokenizer) for p in load_problems("chain", size=48)]
-engine = make_engine(sys.argv[1], BUILTIN_MODEL, device, stop=stop_tokens(BUILTIN_MODEL, tokenizer), max_tokens=128,
-                     dtype="float32")
+engine = make_engine(sys.argv[1], model, device, stop=stop_tokens(model, tokenizer), max_tokens=128, dtype="float32")
 policy = Policy(BUILTIN_MODEL, device, temperature=0.8, lr=1e-3, dtype="float32", checkpoint_activations=False)
 
 
@@ -47,6 +51,18 @@ report["greedy"] = [[r.ids for r in sample(temperature=0.0)] for _ in range(2)]
 mixed = sample(temperature=[0.0] * 24 + [1.9] * 24)
 report["mixed"] = [r.ids for r in mixed]
 report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
+
+ended = []
+first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, until=lambda i: ended.append(i) or len(ended) >= 12))
+rest = [i for i, r in first.items() if r.paused]
+limits = [len(first[i].ids) + 2 if i % 2 else 60 for i in rest]
+second = dict(engine.generate([prompts[i] for i in rest], temperature=0.8, max_tokens=limits, begun=[first[i] for i in rest]))
+whole = [second[rest.index(i)] if i in rest else first[i] for i in range(48)]
+report["ended"] = [ended, [i for i, r in first.items() if not r.paused]]
+report["paused"] = [(len(first[i].ids), len(whole[i].ids), whole[i].ids[: len(first[i].ids)] == first[i].ids, whole[i].paused)
+                    for i in rest]
+report["whole"] = gap(whole)
+report["limits"] = [(limit, len(second[j].ids), second[j].finished) for j, limit in enumerate(limits)]
 prompts = [(p * 9)[-120:] for p in prompts + prompts[::-1]]  # more tokens than one pass can prefill
 report["many"] = [len(r.ids) for r in sample(max_tokens=3, seeds=list(range(len(prompts))))]
 print(json.dumps(report))

@@ -1,5 +1,4 @@
 """bench.py's phases are those of a real run, and its lengths those that were asked for."""
-import importlib.util
 import json
 import re
 
@@ -7,7 +6,6 @@ import pytest
 from conftest import run
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 def test_step(tmp_path):
     done = run("bench.py", "step", "--prompts-per-step", "16", "--minibatch", "8", "--steps", "2", "--response-lengths", "20",
                "--output", tmp_path / "run")

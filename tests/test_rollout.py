@@ -9,10 +9,10 @@ pytestmark = pytest.mark.xdist_group("rollout")  # of tests that share a session
 
 
 @pytest.fixture(scope="session", params=["vllm", "transformers"])
-def report(request):
+def report(request, tmp_path_factory):
     if not importlib.util.find_spec(request.param):
         pytest.skip(f"{request.param} is not installed")
-    done = run("tests/sampling.py", request.param)
+    done = run("tests/sampling.py", request.param, tmp_path_factory.mktemp(request.param))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -37,6 +37,17 @@ def test_temperatures_and_seeds(report):
     assert report["mixed"][24:] != report["greedy"][0][24:]
     assert report["seeded"][0] == report["seeded"][1]
     assert set(report["many"]) == {3}
+
+
+def test_what_is_paused_is_gone_on_with(report):
+    """Once 12 of 48 have ended the others are paused; each is written to its own limit in a second pass."""
+    asked, given = report["ended"]
+    assert asked == given and 12 <= len(asked) < 36  # those that end at the same token as the twelfth come along
+    for before, after, same, paused in report["paused"]:
+        assert 0 < before < after and same and not paused
+    assert report["whole"] < 1e-3  # each token has its log-probability, whichever pass wrote it
+    assert any(length == limit for limit, length, _ in report["limits"])
+    assert all(length == limit or length < limit and finished for limit, length, finished in report["limits"])
 
 
 @pytest.fixture(scope="module")

@@ -93,10 +93,11 @@ def test_the_fallback_engine_runs_the_same_loop(tmp_path):
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 0.1  # bfloat16
 
 
-def test_oversampling_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("engine", ["auto", "transformers"])
+def test_oversampling_on_two_ranks(tmp_path, engine):
     """Twice as many prompts in flight as a step trains on; whatever was started is trained on in the end."""
     done = run("sppo.py", *QUICK, "--steps", "4", "--oversample", "1", "--old-logprobs", "rollout", "--output", tmp_path,
-               ranks=2)
+               "--engine", engine, ranks=2)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path)[1:]
     assert lines[0]["rollout/in_flight"] == 16 and lines[-1]["rollout/in_flight"] == 0
