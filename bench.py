@@ -103,6 +103,8 @@ class StepConfig(sppo.Config):
     def check(self):
         if self.shape and self.shape not in SHAPES:
             raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
+        if self.response_lengths and self.oversample:
+            raise InputError("--response-lengths and --oversample: what is gone on with would be given another length; choose")
         super().check()
 
 

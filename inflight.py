@@ -93,6 +93,11 @@ class InFlight:
         if missing := [int(row[0]) for row in state["rows"] if int(row[0]) not in problems]:
             raise InputError(f"the checkpoint has a response in flight to problem {missing[0]}, which the dataset lacks; "
                              "continue with the dataset that the run began with")
+        limit = self.run.config.max_response_tokens
+        longest = max((int(row[3]) for row in state["rows"] if row[5].isnan()), default=0)  # of those that have not ended
+        if longest >= limit:
+            raise InputError(f"--max-response-tokens {limit}: the checkpoint has a response in flight that has {longest} "
+                             "tokens already; continue with the limit that the run began with")
         lengths = [int(row[3]) for row in state["rows"]]
         self.started = [
             Started(problems[int(problem)], render(problems[int(problem)].messages, self.run.tokenizer), int(step),

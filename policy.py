@@ -27,6 +27,7 @@ from pretrained import deal_out, load
 
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
+BUCKET_ELEMENTS = 1 << 27  # weights that are gathered at once: 256 MiB in bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -324,6 +325,30 @@ class Trained:
         self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
 
 
+def gathered(parameters, device, dtype):
+    """(name, full tensor) of each (name, parameter) that FSDP has sharded. One collective gathers a bucket of them."""
+    buckets = [[]]
+    for name, p in parameters:
+        if sum(other.numel() for _, other in buckets[-1]) + p.numel() > BUCKET_ELEMENTS:
+            buckets.append([])
+        buckets[-1].append((name, p.detach()))
+    for bucket in filter(None, buckets):
+        mesh = bucket[0][1].device_mesh
+        ranks = mesh.size(mesh.ndim - 1)  # of one replica
+        if ranks == 1:
+            yield from ((name, p.to_local().to(device, dtype)) for name, p in bucket)
+            continue
+        # Each rank has as many rows of a parameter, but for the last ones, which may have fewer or none.
+        sizes = [math.ceil(p.shape[0] / ranks) * (p.numel() // p.shape[0]) for _, p in bucket]
+        mine = torch.empty(sum(sizes), dtype=dtype, device=device)
+        for (_, p), part in zip(bucket, mine.split(sizes), strict=True):
+            part[: p.to_local().numel()].copy_(p.to_local().flatten())
+        every = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(every, mine, group=mesh.get_group(mesh.ndim - 1))
+        for (name, p), parts in zip(bucket, zip(*(shard.split(sizes) for shard in every), strict=True), strict=True):
+            yield name, torch.cat(parts)[: p.numel()].view(p.shape)
+
+
 class Policy(Trained):
     """The causal LM `model` (hub name or folder), sampled at `temperature`: so its log-probabilities are, too."""
 
@@ -355,11 +380,10 @@ class Policy(Trained):
                           lambda rows: self.score([sequences[row] for row in rows])[0])
 
     def weights(self, dtype=None):
-        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered one at a time: never a second full copy."""
+        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered in buckets: never a second full copy."""
         self.to_host()  # at once, and not when the first is asked for: the engine wakes before
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        return ((name, shard.detach().to(self.device, dtype or self.dtype).full_tensor())
-                for name, shard in self.module.lm.named_parameters())
+        return gathered(self.module.lm.named_parameters(), self.device, dtype or self.dtype)
 
     def save(self, folder):
         """Writes a Hugging Face folder that transformers and vLLM load. All ranks must call it."""

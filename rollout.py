@@ -1,6 +1,6 @@
 """Sampling responses: vLLM in this process, or transformers' own generation behind the same four methods.
 
-    engine.generate(prompts, ...)   yields (number of the prompt, Response), in the order in which they finish
+    engine.generate(prompts, ...)   yields (number of the prompt, Response), in the order in which they end
     engine.sleep()                  gives the accelerator's memory to training
     engine.sync(weights)            takes the policy's new weights, and is awake afterwards
     engine.close()
@@ -24,8 +24,8 @@ from data import InputError
 class Response:
     ids: list[int]  # the tokens sampled; the last one is the end-of-sequence token if `finished`
     logprobs: list[float]  # of each token, in the distribution that it was sampled from (after temperature)
-    finished: bool  # False: ran out of tokens, so it has no answer
-    paused: bool = False  # stopped before its end, to be gone on with: neither finished nor out of tokens
+    finished: bool  # False: ran out of tokens, so it has no answer; or is paused
+    paused: bool = False  # stopped before its end, to be gone on with
 
 
 def make_engine(kind, model, device, **options):
@@ -44,6 +44,15 @@ def stop_tokens(model, tokenizer):
         named = None
     named = named if isinstance(named, list) else [named]
     return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
+
+
+def requests(prompts, begun, max_tokens, temperature):
+    """For each prompt: what was begun of its response, both together, the tokens that may follow, the temperature."""
+    begun = begun or [Response([], [], False)] * len(prompts)
+    limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+    return (begun, [ids + b.ids for ids, b in zip(prompts, begun, strict=True)],
+            [limit - len(b.ids) for limit, b in zip(limits, begun, strict=True)],
+            temperature if isinstance(temperature, list) else [temperature] * len(prompts))
 
 
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
@@ -90,26 +99,24 @@ class VLLMEngine:
     def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
         """Samples one response per prompt. prompts: lists of token ids; repeat one to sample it more often.
         temperature: one number, or one per prompt; 0 is greedy. seeds: one per prompt, and a response then depends on
-        its seed alone (and on rounding). begun: a Response per prompt, to be gone on with. until: is called with the
-        number of each prompt whose response finishes; once it is true, the others are paused, and come last. max_tokens:
-        one number, or one per prompt."""
-        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
-        engine, begun = self.llm.llm_engine, begun or [Response([], [], False)] * len(prompts)
+        its seed alone (and on rounding). max_tokens: one number, or one per prompt. begun: a Response per prompt, to be
+        gone on with. until: is called with the number of each prompt whose response ends; once it is true, and it must
+        stay so, the others are paused, and come last."""
+        engine, (begun, prompts, limits, temperatures) = self.llm.llm_engine, requests(prompts, begun, max_tokens, temperature)
         for i, ids in enumerate(prompts):
-            engine.add_request(str(i), {"prompt_token_ids": ids + begun[i].ids}, self.SamplingParams(
-                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(begun[i].ids), seed=seeds and seeds[i],
+            engine.add_request(str(i), {"prompt_token_ids": ids}, self.SamplingParams(
+                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i], seed=seeds and seeds[i],
                 stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
                 output_kind=self.FINAL_ONLY))
 
         def response(i, ids, flat, **end):
             return Response([*begun[i].ids, *ids], [*begun[i].logprobs, *(flat.logprobs[k] for k in flat.start_indices)], **end)
-        stop = False
-        while engine.has_unfinished_requests() and not stop:
+        enough = False
+        while engine.has_unfinished_requests() and not enough:
             for request in engine.step():
                 i, output = int(request.request_id), request.outputs[0]
                 yield i, response(i, output.token_ids, output.logprobs, finished=output.finish_reason == "stop")
-                stop = until is not None and until(i)
+                enough = until is not None and until(i)
         # What is paused is read where vLLM gathers it: to be handed every token when it is chosen would cost more.
         paused = [*engine.output_processor.request_states.values()]
         engine.abort_request([state.external_req_id for state in paused])
@@ -166,21 +173,23 @@ class TransformersEngine:
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True).to(device).eval()
         self.lm.generation_config = transformers.GenerationConfig()  # as for vLLM: no repetition penalty of the model's own
+
+        def within_context(_, args, kwargs):  # rows that have ended go on beside those that have not
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = kwargs["position_ids"].clamp(max=max_tokens - 1)
+            return args, kwargs
+        self.lm.register_forward_pre_hook(within_context, with_kwargs=True)
         self.parameters = dict(self.lm.named_parameters())
 
     @torch.no_grad()
     def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, begun=None, until=None):
-        """As VLLMEngine's, but in batches, the shortest prompts first, whose responses come together when all have ended
-        (with `until`, in a single batch)."""
+        """As VLLMEngine's, but in batches, the shortest prompts first; what a batch has written comes at its end. With
+        `until` there is only one batch, for which memory must suffice: of several, each would run to its longest."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-        begun = begun or [Response([], [], False)] * len(prompts)
-        prompts = [ids + b.ids for ids, b in zip(prompts, begun, strict=True)]
-        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        limits = [limit - len(b.ids) for limit, b in zip(limits, begun, strict=True)]
-        temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
+        begun, prompts, limits, temperatures = requests(prompts, begun, max_tokens, temperature)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        done, size = {}, len(prompts) if until and prompts else self.BATCH  # of several, each would wait for its longest
+        size = len(prompts) if until and prompts else self.BATCH
         for rows in (by_length[i : i + size] for i in range(0, len(prompts), size)):
             width, most = max(len(prompts[i]) for i in rows), max(limits[i] for i in rows)
             ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows])
@@ -191,14 +200,12 @@ class TransformersEngine:
                 ids.to(self.device), attention_mask=attended.to(self.device), logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([ends]),
                 generation_config=GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=0))
-            logprobs = torch.cat(sampler.logprobs, dim=1).tolist()
-            for i, sampled, lp in zip(rows, output[:, width:].tolist(), logprobs, strict=True):
-                length, ended = ends.lengths.get(i, len(sampled)), i in ends.lengths
-                done[i] = Response([*begun[i].ids, *sampled[:length]], [*begun[i].logprobs, *lp[:length]],
-                                   finished=ended and sampled[length - 1] in self.stop, paused=not ended)
-            for i in ends.lengths:
-                yield i, done.pop(i)
-        yield from done.items()
+            sampled, logprobs = output[:, width:].tolist(), torch.cat(sampler.logprobs, dim=1).tolist()
+            for i in [*ends.lengths, *(i for i in rows if i not in ends.lengths)]:
+                row, paused = rows.index(i), i not in ends.lengths
+                new = sampled[row][: ends.lengths.get(i)]
+                yield i, Response([*begun[i].ids, *new], [*begun[i].logprobs, *logprobs[row][: len(new)]],
+                                  finished=new[-1] in self.stop, paused=paused)
 
     def sleep(self):
         pass
@@ -241,17 +248,17 @@ class Ends:
     """Tells transformers' `generate` which rows have ended: at a stop token, or out of tokens; or all, because `until`,
     called with the number of each that ends, is true."""
 
-    def __init__(self, rows, limits, tokens, until, device):
-        self.rows, self.until, self.stop, self.written = rows, until, False, 0
+    def __init__(self, rows, limits, stop_tokens, until, device):
+        self.rows, self.until, self.enough, self.written = rows, until, False, 0
         self.limits = torch.tensor(limits, device=device)
-        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)
+        self.stop_tokens = torch.tensor(stop_tokens, dtype=torch.long, device=device)
         self.lengths = {}  # of those that have ended, in that order
 
     def __call__(self, ids, scores, **_):
         self.written += 1
-        ended = torch.isin(ids[:, -1], self.tokens) | (self.limits <= self.written)
-        for row in [] if self.stop else ended.nonzero()[:, 0].tolist():
+        ended = torch.isin(ids[:, -1], self.stop_tokens) | (self.limits <= self.written)
+        for row in ended.nonzero()[:, 0].tolist():
             if self.rows[row] not in self.lengths:  # what has ended goes on being written, and is not read
                 self.lengths[self.rows[row]] = self.written
-                self.stop = self.until is not None and self.until(self.rows[row])
-        return ended | self.stop
+                self.enough = self.until is not None and self.until(self.rows[row])
+        return ended | self.enough

@@ -64,7 +64,7 @@ class LLM:
         rng = random.Random(repr(asked))
         ids = [rng.randrange(256) for _ in range(rng.randint(1, 20))]
         logprobs = SimpleNamespace(logprobs=[-1.0] * len(ids), start_indices=range(len(ids)))
-        return [SimpleNamespace(request_id=number, finished=True, outputs=[SimpleNamespace(
+        return [SimpleNamespace(request_id=number, outputs=[SimpleNamespace(
             token_ids=ids, logprobs=logprobs, finish_reason="stop")])]
 
     def abort_request(self, numbers):
@@ -86,7 +86,7 @@ class Noted(sppo.SPPO):
 
 vllm = sys.modules["vllm"] = ModuleType("vllm")
 vllm.__version__, vllm.LLM, vllm.SamplingParams = "of a test", LLM, SimpleNamespace
-vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(DELTA=0, FINAL_ONLY=1))
+vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=1))
 run.make_engine = lambda kind, model, device, **options: VLLMEngine(model, torch.device("cuda"), **options)
 output, *arguments = sys.argv[1:]
 end = dist.destroy_process_group

@@ -5,10 +5,12 @@ import sys
 import torch
 import torch.distributed as dist
 
+import policy as policy_file
 from critic import ValueModel
 from plan import LiveBytes
 from policy import Policy, Trained, init_distributed
 
+policy_file.BUCKET_ELEMENTS = 20_000  # several buckets, and parameters that are larger
 output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5] == "offload"
 device = init_distributed()
 folder = without if dist.get_rank() else with_weights

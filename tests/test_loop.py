@@ -119,6 +119,9 @@ def test_what_is_in_flight_survives_a_checkpoint():
     run.steps(1, 4)
     assert any(s.reward is None and s.response.ids for s in run.in_flight.started)
     resumed.in_flight.load_state_dict(run.in_flight.state_dict())
+    shorter = FakeRun(lengths, oversample=2.0, max_response_tokens=2)
+    with pytest.raises(InputError, match="a response in flight that has [0-9]+ tokens already"):
+        shorter.in_flight.load_state_dict(run.in_flight.state_dict())
     assert resumed.steps(5, 10) == run.steps(5, 10)
     resumed.problems = resumed.problems[:3]
     run = FakeRun(lengths, oversample=2.0)

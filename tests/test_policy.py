@@ -111,9 +111,9 @@ def test_a_response_without_an_advantage_is_not_read_again_and_counts(device):
     assert not metrics["policy/skipped"] and not any(gradient.any() for gradient in found.values())
 
 
-@pytest.mark.parametrize("ranks, replicas, offload, tied", [(2, 1, "offload", True), (4, 2, "", False)])
+@pytest.mark.parametrize("ranks, replicas, offload, tied", [(3, 1, "offload", True), (4, 2, "", False)])
 def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied):
-    """The others are given a folder without any. Two replicas on four ranks: HSDP."""
+    """The others are given a folder without any. Three ranks have unequal shards; two replicas on four ranks: HSDP."""
     from transformers import AutoConfig, AutoModelForCausalLM
     for name in ("weights", "none"):
         shutil.copytree(BUILTIN_MODEL, tmp_path / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))

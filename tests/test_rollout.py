@@ -4,6 +4,9 @@ import json
 
 import pytest
 from conftest import metrics, run
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rollout import Response, TransformersEngine
 
 pytestmark = pytest.mark.xdist_group("rollout")  # of tests that share a session's fixture, on one worker
 
@@ -48,6 +51,15 @@ def test_what_is_paused_is_gone_on_with(report):
     assert report["whole"] < 1e-3  # each token has its log-probability, whichever pass wrote it
     assert any(length == limit for limit, length, _ in report["limits"])
     assert all(length == limit or length < limit and finished for limit, length, finished in report["limits"])
+
+
+def test_what_has_ended_stays_within_the_positions_of_the_model(tmp_path, device):
+    """A response that ends at the limit, in a batch with one that has just begun: transformers goes on with both."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    engine = TransformersEngine(tmp_path, device, stop=[], max_tokens=16, dtype="float32")
+    begun = [Response([5] * 11, [-1.0] * 11, False, paused=True), Response([], [], False)]
+    responses = dict(engine.generate([[1, 2, 3, 4]] * 2, temperature=1.0, max_tokens=12, begun=begun, until=lambda i: False))
+    assert [len(responses[i].ids) for i in (0, 1)] == [12, 12] and responses[0].ids[:11] == [5] * 11
 
 
 @pytest.fixture(scope="module")
