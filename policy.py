@@ -327,12 +327,14 @@ class Trained:
 
 def gathered(parameters, device, dtype):
     """(name, full tensor) of each (name, parameter) that FSDP has sharded. One collective gathers a bucket of them."""
-    buckets = [[]]
+    buckets, room = [], 0
     for name, p in parameters:
-        if sum(other.numel() for _, other in buckets[-1]) + p.numel() > BUCKET_ELEMENTS:
+        if p.numel() > room:
             buckets.append([])
+            room = BUCKET_ELEMENTS
+        room -= p.numel()
         buckets[-1].append((name, p.detach()))
-    for bucket in filter(None, buckets):
+    for bucket in buckets:
         mesh = bucket[0][1].device_mesh
         ranks = mesh.size(mesh.ndim - 1)  # of one replica
         if ranks == 1:
