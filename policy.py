@@ -27,7 +27,7 @@ from pretrained import deal_out, load
 
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
-BUCKET_ELEMENTS = 1 << 27  # weights that are gathered at once: 256 MiB in bfloat16
+BUCKET_ELEMENTS = 1 << 27  # weights that are gathered at once, or one parameter that has more: 256 MiB in bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -337,7 +337,7 @@ def gathered(parameters, device, dtype):
     for bucket in buckets:
         mesh = bucket[0][1].device_mesh
         ranks = mesh.size(mesh.ndim - 1)  # of one replica
-        if ranks == 1:
+        if ranks == 1:  # nothing to gather, so nothing to copy together
             yield from ((name, p.to_local().to(device, dtype)) for name, p in bucket)
             continue
         # Each rank has as many rows of a parameter, but for the last ones, which may have fewer or none.
@@ -382,7 +382,8 @@ class Policy(Trained):
                           lambda rows: self.score([sequences[row] for row in rows])[0])
 
     def weights(self, dtype=None):
-        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered in buckets: never a second full copy."""
+        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered a bucket at a time: a large model is never
+        there in full."""
         self.to_host()  # at once, and not when the first is asked for: the engine wakes before
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
         return gathered(self.module.lm.named_parameters(), self.device, dtype or self.dtype)

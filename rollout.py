@@ -46,7 +46,7 @@ def stop_tokens(model, tokenizer):
     return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
 
 
-def requests(prompts, begun, max_tokens, temperature):
+def per_prompt(prompts, begun, max_tokens, temperature):
     """For each prompt: what was begun of its response, both together, the tokens that may follow, the temperature."""
     begun = begun or [Response([], [], False)] * len(prompts)
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
@@ -89,7 +89,6 @@ class VLLMEngine:
             distributed_executor_backend="external_launcher", trust_remote_code=trust_remote_code, load_format="safetensors",
             seed=seed + dist.get_rank() // tensor_parallel,  # ranks that share an engine must sample the same
             skip_tokenizer_init=True,  # ids in, ids out
-            generation_config="vllm",  # not the model's own top-p or repetition penalty: ratios need plain sampling
             logprobs_mode="processed_logprobs",  # after temperature
             use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
             enforce_eager=not on_gpu,  # CUDA graphs on a GPU; on a CPU, compilation costs a minute and buys little
@@ -102,7 +101,8 @@ class VLLMEngine:
         its seed alone (and on rounding). max_tokens: one number, or one per prompt. begun: a Response per prompt, to be
         gone on with. until: is called with the number of each prompt whose response ends; once it is true, and it must
         stay so, the others are paused, and come last."""
-        engine, (begun, prompts, limits, temperatures) = self.llm.llm_engine, requests(prompts, begun, max_tokens, temperature)
+        engine = self.llm.llm_engine
+        begun, prompts, limits, temperatures = per_prompt(prompts, begun, max_tokens, temperature)
         for i, ids in enumerate(prompts):
             engine.add_request(str(i), {"prompt_token_ids": ids}, self.SamplingParams(
                 temperature=temperatures[i], top_p=top_p, max_tokens=limits[i], seed=seeds and seeds[i],
@@ -172,7 +172,8 @@ class TransformersEngine:
         self.random = torch.Generator().manual_seed(seed + dist.get_rank())
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True).to(device).eval()
-        self.lm.generation_config = transformers.GenerationConfig()  # as for vLLM: no repetition penalty of the model's own
+        # Without the model's own repetition penalty or top-k, which vLLM leaves out by itself: ratios need plain sampling.
+        self.lm.generation_config = transformers.GenerationConfig()
 
         def within_context(_, args, kwargs):  # rows that have ended go on beside those that have not
             if kwargs.get("position_ids") is not None:
@@ -186,7 +187,7 @@ class TransformersEngine:
         """As VLLMEngine's, but in batches, the shortest prompts first; what a batch has written comes at its end. With
         `until` there is only one batch, for which memory must suffice: of several, each would run to its longest."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-        begun, prompts, limits, temperatures = requests(prompts, begun, max_tokens, temperature)
+        begun, prompts, limits, temperatures = per_prompt(prompts, begun, max_tokens, temperature)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = len(prompts) if until and prompts else self.BATCH
