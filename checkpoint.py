@@ -1,10 +1,12 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
     OUTPUT/checkpoints/step-00000020/       state.json, and the shards of all tensors as .safetensors
 
-Each rank writes its own shards (torch.distributed.checkpoint), into a folder that gets its name only when all of it is
-on the disk: a kill at any instant leaves the last good one. Any number of ranks can read it. Nothing is pickled, so
-reading one runs no code. `state.json` has what is no tensor, and the size of every file: what was cut short is noticed.
+Each rank writes its own shards (torch.distributed.checkpoint) into a folder that gets its name only when all of it is on
+the disk: a kill at any instant leaves the last good one. Any number of ranks can read it. Nothing is pickled, so reading
+one runs no code. `state.json` has what is no tensor, and the size of every file: what was cut short is noticed.
+
+Below them stand the beginning of a run (`begin`: resume, open the log) and its end (`finish`: save the model).
 """
 import contextlib
 import dataclasses
@@ -27,29 +29,32 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from cli import is_main, say
-from data import InputError
-from policy import Diverged
+from cli import Diverged, InputError, Log, is_main, say
 
 FORMAT = "sppo checkpoint 1"
 MAX_FILE_BYTES = 8 << 30  # of all ranks together
 
 
+# ---- saving -------------------------------------------------------------------------------------------------
+
 def state_of(run, baseline):
     """Everything that the next step depends on. (Problems and seeds of a step are drawn from its number.)"""
     return {"algorithm": type(baseline).__name__, "policy": run.policy.state_dict(), "baseline": baseline.state_dict(),
             "in_flight": run.in_flight.state_dict(),
-            "seconds": run.clock.total, "given_up": list(run.given_up.values()), "options": dataclasses.asdict(run.config)}
+            "seconds": run.clock.total, "options": dataclasses.asdict(run.config)}
 
 
 def existing(output):
     """The checkpoints of a run's output folder, oldest first, complete or not."""
-    return sorted(path for path in Path(output, "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+    return sorted(path for path in Path(output, "checkpoints").glob("step-*")
+                  if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def save(run, baseline, log, step):
-    """All ranks. Writes a checkpoint, and deletes all but the newest `--keep`. If there is no room for it, a warning
-    says so, those that exist remain, and the run goes on. Returns whether it was saved."""
+    """All ranks. Writes a checkpoint, and deletes all but the newest `--keep`. Returns whether it was saved.
+
+    If there is no room for it, a warning says so, the earlier ones remain, and the run goes on.
+    """
     folder = Path(run.config.output) / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
     tensors, values = _flatten(state_of(run, baseline))
@@ -59,7 +64,7 @@ def save(run, baseline, log, step):
         size += tensor.numel() * tensor.element_size()
         file_of[name] = 1 + (size - 1) // MAX_FILE_BYTES if size else 1
     writer = HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
-    problem = first_problem(log.sync)  # or steps could be done that metrics.jsonl knows nothing of
+    problem = first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
     problem = problem or first_problem(lambda: is_main() and _empty(partial))
     problem = problem or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
     problem = problem or first_problem(lambda: is_main() and _complete(partial, final, step, values))
@@ -68,92 +73,33 @@ def save(run, baseline, log, step):
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
         if not problem:
-            # Those of later steps were passed over as broken when this run was resumed from an earlier one.
+            # Later steps than this one: broken checkpoints that this run passed over when it was resumed.
             done = [path for path in existing(run.config.output) if path <= final]
             for old in {*existing(run.config.output)} - {*done[-run.config.keep :]}:
                 with contextlib.suppress(OSError):
-                    # Renamed first: a checkpoint is there or it is not, also when this is interrupted.
+                    # Renamed first: a checkpoint is there or it is not, also when the deletion is interrupted.
                     shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))
     return not problem
 
 
-def lock(output):
-    """Rank 0 keeps others from writing into the same output folder, for as long as this process lives."""
-    Path(output).mkdir(parents=True, exist_ok=True)
-    if fcntl:
-        held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"another run is writing into {output}; wait for its end, or give another --output") from None
-        return held
+def first_problem(action):
+    """Runs `action`, and tells all ranks the first rank's trouble with the disk, if any; other errors are errors.
 
-
-def resume(run, baseline):
-    """All ranks. Takes up the newest complete checkpoint, if `--resume` asks for it and there is one. Returns the step
-    after which it was saved, or 0. Broken checkpoints are passed over with a warning; one that belongs to another model
-    or algorithm is refused with an InputError before anything of it is read."""
-    c = run.config
-    chosen = [None]
-    if is_main() and c.resume:  # chosen once, so that all ranks take the same
-        chosen = [next((str(path) for path in reversed(existing(c.output)) if _is_complete(path)), None)]
-    dist.broadcast_object_list(chosen)
-    if chosen[0] is None:
-        if c.resume and existing(c.output):
-            raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start anew, or give "
-                             "another --output")
-        if c.resume:
-            say(f"{c.output}: no checkpoint yet, so this run starts at the beginning")
-        return 0
-    path = Path(chosen[0])
-    if problem := first_problem(lambda: json.loads((path / "state.json").read_text())):
-        raise InputError(f"{path}: cannot be read on every rank ({problem}); all nodes must see the same --output")
-    meta = json.loads((path / "state.json").read_text())
-    ours = type(baseline).__name__
-    if meta["values"]["algorithm"] != ours:
-        raise InputError(f"{path}: is of a run of {meta['values']['algorithm']}, and this is {ours}; resume with the command "
-                         "that wrote it, or give another --output")
-    if meta["step"] > c.steps:
-        raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
-    tensors, _ = _flatten(state_of(run, baseline))
-    reader = HuggingFaceStorageReader(str(path))
-    saved = reader.read_metadata().state_dict_metadata
-    differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
-        name for name, ours in tensors.items() if isinstance(ours, DTensor) and ours.shape != saved[name].size)
-    if differing:
-        raise InputError(f"{path}: belongs to another model ({differing[0]} differs); resume with the command "
-                         "that wrote it, or give another --output")
-    for name, ours in tensors.items():
-        if not isinstance(ours, DTensor):  # small, and of whatever length: every rank reads all of it
-            tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
-    dcp.load(tensors, storage_reader=reader)  # sharded ones are filled in place
-    state = _unflatten({**meta["values"], **tensors})
-    run.policy.load_state_dict(state["policy"])
-    baseline.load_state_dict(state.get("baseline", {}))
-    run.in_flight.load_state_dict(state["in_flight"])
-    run.clock.total = state["seconds"]
-    if is_main():  # the others count from 0; only sums are reported
-        run.verifier.timeouts, run.verifier.crashes = state["given_up"]
-    options = json.loads(json.dumps(dataclasses.asdict(c)))
-    changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})" for name, was in state["options"].items()
-               if name in options.keys() - {"resume", "output"} and options[name] != was]
-    say(f"Going on after step {meta['step']}" + (f", with {', '.join(changed)}" if changed else ""))
-    return meta["step"]
-
-
-@contextlib.contextmanager
-def saved_if_diverged(batch, step, config):
-    """Ten updates in a row that were not finite end the run, with the batch of the last one left for inspection."""
+    All ranks must hear of it, or those without trouble would wait for the others in the next collective.
+    """
+    problem = None
     try:
-        yield
-    except Diverged as error:
-        path = Path(config.output) / "diverged.jsonl"
-        rows = zip(batch.problems, batch.prompts, batch.responses, batch.rewards.tolist(), strict=True)
-        lines = [json.dumps({"problem": problem.id, "prompt_ids": prompt, "reward": reward, **dataclasses.asdict(response)})
-                 for problem, prompt, response, reward in rows]
-        first_problem(lambda: is_main() and path.write_text("\n".join(lines) + "\n"))
-        raise InputError(f"step {step}: {error}; its batch is in {path}. Go on from an earlier checkpoint with --resume and "
-                         "a lower --lr or --critic-lr") from None
+        action()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    except CheckpointException as error:  # has every rank's error; all ranks raise it
+        first = next(iter(error.failures.values()))[0]
+        if not isinstance(first, OSError):
+            raise
+        problem = str(first)
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((p for p in problems if p), None)
 
 
 def _flatten(state, prefix=""):
@@ -180,23 +126,6 @@ def _unflatten(flat):
     return state
 
 
-def first_problem(action):
-    """Runs `action`, and tells all ranks the first rank's trouble with the disk, if any; other errors are errors."""
-    problem = None
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    except CheckpointException as error:  # has every rank's error; all ranks raise it
-        first = next(iter(error.failures.values()))[0]
-        if not isinstance(first, OSError):
-            raise
-        problem = str(first)
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), None)
-
-
 def _empty(partial):
     for leftover in partial.parent.glob("partial-*"):  # of a run that was killed while it saved
         shutil.rmtree(leftover, ignore_errors=True)
@@ -204,9 +133,10 @@ def _empty(partial):
 
 
 def _complete(partial, final, step, values):
-    """The last file, everything onto the disk, and the name."""
-    meta = {"format": FORMAT, "step": step, "files": {f.name: f.stat().st_size for f in partial.iterdir()}, "values": values}
-    (partial / "state.json").write_text(json.dumps(meta))
+    """Writes state.json, waits until everything is on the disk, and gives the folder its name."""
+    files = {f.name: f.stat().st_size for f in partial.iterdir()}
+    (partial / "state.json").write_text(
+        json.dumps({"format": FORMAT, "step": step, "files": files, "values": values}))
     for path in (*partial.iterdir(), partial):
         _onto_disk(path)
     if final.exists():  # broken, or this run was resumed from an older one
@@ -219,6 +149,61 @@ def _onto_disk(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------
+
+def resume(run, baseline):
+    """All ranks. Loads the newest complete checkpoint, if `--resume` asks for it and there is one. Returns the step
+    after which it was saved, or 0.
+
+    Broken checkpoints are passed over with a warning; one that belongs to another model or algorithm is refused with
+    an InputError before anything of it is read.
+    """
+    c = run.config
+    chosen = [None]
+    if is_main() and c.resume:  # chosen once, so that all ranks take the same
+        chosen = [next((str(path) for path in reversed(existing(c.output)) if _is_complete(path)), None)]
+    dist.broadcast_object_list(chosen)
+    if chosen[0] is None:
+        if c.resume and existing(c.output):
+            raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start anew, or "
+                             "give another --output")
+        if c.resume:
+            say(f"{c.output}: no checkpoint yet, so this run starts at the beginning")
+        return 0
+    path = Path(chosen[0])
+    if problem := first_problem(lambda: json.loads((path / "state.json").read_text())):
+        raise InputError(f"{path}: cannot be read on every rank ({problem}); all nodes must see the same --output")
+    meta = json.loads((path / "state.json").read_text())
+    algorithm = type(baseline).__name__
+    if meta["values"]["algorithm"] != algorithm:
+        raise InputError(f"{path}: is of a run of {meta['values']['algorithm']}, and this is {algorithm}; resume with "
+                         "the command that wrote it, or give another --output")
+    if meta["step"] > c.steps:
+        raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
+    tensors, _ = _flatten(state_of(run, baseline))
+    reader = HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
+        name for name, tensor in tensors.items() if isinstance(tensor, DTensor) and tensor.shape != saved[name].size)
+    if differing:
+        raise InputError(f"{path}: belongs to another model ({differing[0]} differs); resume with the command that wrote "
+                         "it, or give another --output")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):  # small, and of whatever length: every rank reads all of it
+            tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
+    dcp.load(tensors, storage_reader=reader)  # sharded ones are filled in place
+    state = _unflatten({**meta["values"], **tensors})
+    run.policy.load_state_dict(state["policy"])
+    baseline.load_state_dict(state.get("baseline", {}))
+    run.in_flight.load_state_dict(state["in_flight"])
+    run.clock.total = state["seconds"]
+    options = json.loads(json.dumps(dataclasses.asdict(c)))
+    changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})" for name, was in state["options"].items()
+               if name in options.keys() - {"resume", "output"} and options[name] != was]
+    say(f"Resuming after step {meta['step']}" + (f", with {', '.join(changed)}" if changed else ""))
+    return meta["step"]
 
 
 def _is_complete(path):
@@ -237,3 +222,70 @@ def _is_complete(path):
     if problem:
         say(f"warning: {path} is passed over: {problem}")
     return not problem
+
+
+# ---- the beginning and the end of a run ---------------------------------------------------------------------
+
+def lock(output):
+    """Keeps others from writing into the same output folder for as long as this process lives. Rank 0 calls it."""
+    Path(output).mkdir(parents=True, exist_ok=True)
+    if fcntl:
+        held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another run is writing into {output}; wait for its end, or give another --output") from None
+        return held
+
+
+def begin(run, baseline):
+    """(the step after which the run resumes, or 0; its Log). Nothing is written into the output folder before this."""
+    c, logs, run.lock = run.config, [], []
+    if problem := first_problem(lambda: is_main() and run.lock.append(lock(c.output))):
+        raise InputError(f"{c.output}: {problem}")
+    step = resume(run, baseline)
+    if problem := first_problem(lambda: logs.append(Log(c, step))):
+        raise InputError(f"{c.output}: cannot be written ({problem})")
+    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; {c.dtype}; "
+        f"engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; {len(run.problems):,} problems of "
+        f"{c.dataset}, {len(run.held_out)} more held out")
+    return step, logs[0]
+
+
+@contextlib.contextmanager
+def kept_if_diverged(batch, step, config):
+    """Ten updates in a row that were not finite end the run. The batch of the last one is written for inspection."""
+    try:
+        yield
+    except Diverged as error:
+        path = Path(config.output) / "diverged.jsonl"
+        rows = zip(batch.problems, batch.prompts, batch.responses, batch.rewards.tolist(), strict=True)
+        lines = [json.dumps({"problem": problem.id, "prompt_ids": prompt, "reward": reward,
+                             **dataclasses.asdict(response)}) for problem, prompt, response, reward in rows]
+        first_problem(lambda: is_main() and path.write_text("\n".join(lines) + "\n"))
+        raise InputError(f"step {step}: {error}; its batch is in {path}. Continue from an earlier checkpoint with "
+                         "--resume and a lower --lr or --critic-lr") from None
+
+
+def finish(run, log, lost):
+    """Saves the model where transformers and vLLM find it, says what happened, and ends the processes.
+
+    lost: the run was told to stop, and could not be saved.
+    """
+    c, folder = run.config, f"{run.config.output}/model"
+    error = f"{c.output}: stopped after step {log.step}, with no room for a checkpoint of it" if lost else None
+    if log.step == c.steps:
+        problem = first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
+        problem = problem or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder))
+        if problem:
+            error = f"{folder}: the trained model could not be saved ({problem})" + (
+                "; make room, and run the same command with --resume, which continues from the last checkpoint"
+                if existing(c.output) else ", and there is no checkpoint: this training is lost")
+    if not error:
+        log.finish(run.tokenizer, run.clock.total)
+    run.verifier.close()
+    run.engine.close()  # before the process group, which vLLM may end itself
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if error:
+        raise InputError(error)

@@ -1,4 +1,8 @@
-"""What goes into a run and what comes out: the command line, one line a step, metrics.jsonl. Plumbing, no algorithm."""
+"""The plumbing of every script: its options, its processes, its clock, what it prints and writes. No algorithm here.
+
+`option` and `CommandLine` make a dataclass into a command line. `Log` turns the metrics of a step into a line on the
+screen and an object in metrics.jsonl. This file imports nothing of ours, so that every other file may import it.
+"""
 import argparse
 import contextlib
 import dataclasses
@@ -13,85 +17,117 @@ import time
 import typing
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: it warns about NUMA and hooks
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
+BUILTIN_MODEL = str(Path(__file__).resolve().parent / "builtin")
 
-from data import BUILTIN_MODEL, InputError  # noqa: E402
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+class InputError(Exception):
+    """Something that the user gave cannot be used. The message is one sentence that says what to do."""
+
+
+class Diverged(Exception):
+    """Ten updates in a row had an infinite or undefined loss or gradient: training has failed."""
+
 
 def is_main():
+    """Whether this process is rank 0, which alone prints and writes the log."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text=""):
     """Prints once, whatever the number of ranks, above the progress bar if there is one."""
-    with contextlib.suppress(OSError):  # the terminal was closed, or the disk under `> run.log` is full: no reason to die
+    with contextlib.suppress(OSError):  # the terminal was closed, or the disk is full: no reason to end a training run
         if is_main():
             tqdm.write(str(text), file=sys.stdout)
             sys.stdout.flush()
 
 
-# ---- options --------------------------------------------------------------------------------------------------------
+# ---- options ------------------------------------------------------------------------------------------------
 
-def option(default, help):
-    """A field of a config dataclass: a command-line option with its default and its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help, *, group=None, positive=False):
+    """A field of a config dataclass that is also a command-line option, with its default and its line in --help.
+
+    group: the heading in --help under which this option and those after it stand.
+    positive: the value must be greater than 0; `CommandLine.check` refuses others.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, positive=positive))
 
 
 class CommandLine:
-    """Base of a config dataclass whose fields are the options. `BUILTIN` holds other defaults for built-in models."""
+    """Base of a config dataclass whose fields are the options. `BUILTIN` has other defaults for the built-in models."""
+
+    BUILTIN: typing.ClassVar[dict] = {}
 
     @classmethod
     def parse(cls, description, arguments=None):
-        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                         argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        """The config that the command line (or a list of `arguments`) asks for."""
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        groups, heading = {}, "options"
         for field in dataclasses.fields(cls):
-            def shown(value):
-                return " ".join(map(str, value)) if isinstance(value, tuple) else value
-            kinds = [t for t in typing.get_args(field.type) if t not in (type(None), ...)] or [field.type]
-            note = f" [{shown(field.default)}]" if field.default not in (None, (), BUILTIN_MODEL) else ""
-            if field.name in cls.BUILTIN:
-                note += f" [built-in model: {shown(cls.BUILTIN[field.name])}]"
-            how = dict(type=kinds[0], metavar=kinds[0].__name__.upper()) if isinstance(kinds[0], type) else dict(choices=kinds)
-            if field.type is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-            if isinstance(field.default, tuple):
-                how["nargs"] = "+"
-            text = (field.metadata["help"] + note).replace("%", "%%")
-            parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
+            heading = field.metadata["group"] or heading
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            groups[heading].add_argument("--" + field.name.replace("_", "-"), **cls._argument(field))
         given = vars(parser.parse_args(arguments))
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        # A model of 360k parameters wants other settings than one of 1.5 billion. What was typed wins over both.
         builtin = Path(given.get("model", BUILTIN_MODEL)).resolve().is_relative_to(BUILTIN_MODEL)
         return cls(**{**(cls.BUILTIN if builtin else {}), **given})
+
+    @classmethod
+    def _argument(cls, field):
+        """What argparse wants to know of a field."""
+        def shown(value):
+            return " ".join(map(str, value)) if isinstance(value, tuple) else value
+        note = f" [{shown(field.default)}]" if field.default not in (None, (), BUILTIN_MODEL) else ""
+        if field.name in cls.BUILTIN:
+            note += f" [built-in model: {shown(cls.BUILTIN[field.name])}]"
+        help = (field.metadata["help"] + note).replace("%", "%%")
+        if field.type is bool:
+            return dict(help=help, action=argparse.BooleanOptionalAction)
+        # `str | None` is a str, `tuple[str, ...]` is several, and `Literal["a", "b"]` is a choice.
+        kinds = [t for t in typing.get_args(field.type) if t not in (type(None), ...)] or [field.type]
+        several = dict(nargs="+") if isinstance(field.default, tuple) else {}
+        if isinstance(kinds[0], type):
+            return dict(help=help, type=kinds[0], metavar=kinds[0].__name__.upper(), **several)
+        return dict(help=help, choices=kinds, **several)
+
+    def check(self):
+        """Raises InputError for what can be seen to be wrong without loading anything. Scripts add checks of theirs."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata["positive"] and not value > 0:
+                raise InputError(f"--{field.name.replace('_', '-')} {value}: must be greater than 0")
 
 
 @contextlib.contextmanager
 def clear_errors():
-    """Turns what is wrong with the user's input into one sentence and exit code 2; every other error keeps its trace."""
+    """Turns an InputError into one sentence and exit code 2. Every other error is a bug and keeps its traceback."""
     try:
         yield
     except InputError as error:
         if not is_main():
-            time.sleep(5)  # rank 0 most likely says the same, and then torchrun ends this one
+            time.sleep(5)  # rank 0 most likely says the same, and then torchrun ends this process
         print(f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(2)
 
 
-# ---- being told to stop ---------------------------------------------------------------------------------------------
+# ---- being told to stop ----------------------------------------------------------------------------------------------
 
 class Stop:
-    """SIGTERM or Ctrl-C: the running step is finished and saved. A second one ends the process at once; but not one that
-    comes within two seconds, since schedulers and torchrun tell each process of a job by more than one way."""
+    """SIGTERM or Ctrl-C: the running step is finished and saved. A second signal ends the process at once.
+
+    A second one that comes within two seconds is ignored: schedulers and torchrun often send two for one request.
+    """
 
     def __init__(self):
-        self.requested = 0.0  # when
+        self.requested = 0.0  # when the first signal came; 0 if none has
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
@@ -106,13 +142,13 @@ class Stop:
                 os.write(2, b"\nStopping after this step and a checkpoint; once more, later, to stop at once.\n")
 
     def on_any_rank(self):
-        """Whether any rank was told to: they must stop together."""
+        """Whether any rank was told to stop. All must stop together, or the others would wait for it in a collective."""
         requested = torch.tensor(int(self.requested > 0))
         dist.all_reduce(requested, op=dist.ReduceOp.MAX)
         return bool(requested)
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------
+# ---- time ---------------------------------------------------------------------------------------------------
 
 class Clock:
     """Seconds of training, by phase. What happens between the steps (evaluation, saving) does not count."""
@@ -122,7 +158,7 @@ class Clock:
 
     def now(self):
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # kernels run behind the host's back; wait, or they count for the next phase
         return time.perf_counter()
 
     def start_step(self):
@@ -137,37 +173,41 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase):
+        """`with clock("update"): ...` adds the seconds of its body to that phase."""
         start = self.now()
         yield
         self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - start
 
 
-# ---- what a run says and writes -------------------------------------------------------------------------------------
+# ---- what a run prints and writes ---------------------------------------------------------------------------
 
-# The columns of a step's line: those of them that the algorithm reports.
+# The columns of a step's line on the screen. An algorithm that does not report a metric has no such column.
 COLUMNS = (("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"), ("clip", "policy/clip_fraction", ".3f"),
            ("critic", "critic/loss", ".3f"), ("auc", "critic/auc", ".2f"), ("all equal", "group/all_equal", ".2f"),
-           ("seconds", "time/step", ".1f"),
-           ("accuracy", "eval_accuracy", ".3f"))
+           ("seconds", "time/step", ".1f"), ("accuracy", "eval_accuracy", ".3f"))
 
 
 class Log:
-    """Collects a step's metrics, shows a line of them, and writes them to metrics.jsonl, TensorBoard and W&B.
+    """Collects the metrics of a step, prints a line of them, and writes them to metrics.jsonl, TensorBoard and W&B.
 
-    `begun`: the step after which a resumed run goes on; what an earlier one wrote about later steps is removed.
+    resumed_after: the last step of the checkpoint that the run resumes from. What an earlier process wrote about
+    later steps is removed, since these steps are trained again.
     """
 
-    def __init__(self, config, begun=0):
-        self.config, self.step, self.metrics, self.first, self.last, self.said = config, begun, {}, None, None, set()
+    def __init__(self, config, resumed_after=0):
+        self.config, self.step, self.metrics = config, resumed_after, {}
+        self.first, self.last = None, None  # the first evaluation's metrics, the last one's Batch
+        self.warned = set()  # the warnings that are in force, so that each is printed once
         if not is_main():
             return
         folder = Path(config.output)
-        kept = earlier_lines(folder / "metrics.jsonl", begun) if begun else []
+        kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
         if kept and "eval_accuracy" in (first := json.loads(kept[0])):
             self.first = first
         for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"),
                            ("metrics.jsonl", "".join(kept))):
-            with (folder / f"{name}.partial").open("w") as file:  # written beside and renamed: it is never half there
+            # Written under another name and then renamed: whoever looks finds all of the file or none of it.
+            with (folder / f"{name}.partial").open("w") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -176,9 +216,9 @@ class Log:
         self.writers = []
         with contextlib.suppress(ImportError, OSError):
             from torch.utils.tensorboard import SummaryWriter
-            if not begun:
+            if not resumed_after:
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # like metrics.jsonl, it begins anew
-            board = SummaryWriter(folder / "tensorboard", purge_step=begun + 1 if begun else None)
+            board = SummaryWriter(folder / "tensorboard", purge_step=resumed_after + 1 if resumed_after else None)
             self.writers.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
         if config.wandb:
             import wandb
@@ -191,7 +231,7 @@ class Log:
             self.metrics.update(part)
 
     def evaluated(self, step, batch, tokenizer):
-        """An evaluation of step `step`. The first one also shows what the model writes before it has learned."""
+        """Takes an evaluation's Batch. The first one also shows what the model writes before it has learned anything."""
         self.last = batch
         self.metrics["eval_accuracy"] = batch.rewards.mean().item()
         self.metrics["eval_response_tokens"] = batch.lengths.float().mean().item()
@@ -204,16 +244,20 @@ class Log:
         self.step = step
         if is_main():
             line = {"step": step, "seconds": seconds, **self.metrics}
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # strict JSON
+            # JSON has no infinity and no NaN.
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             self.unwritten += json.dumps(line).encode() + b"\n"
-            self._write_what_there_is_room_for()
+            try:
+                self._write_lines()
+            except OSError as error:
+                say(f"warning: metrics.jsonl cannot be written ({error}); its lines are kept and tried again every step")
             for write in list(self.writers):
                 try:
                     write(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
                 except OSError as error:
                     self.writers.remove(write)
                     say(f"warning: no more TensorBoard or W&B events ({error}); metrics.jsonl has everything")
-            self._say_what_looks_wrong(line)
+            self._warn(line)
             shown = [f"{label} {line[key]:{form}}" for label, key, form in COLUMNS if line.get(key) is not None]
             say(f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(shown))
             self.bar.update(step - self.bar.n)
@@ -222,8 +266,7 @@ class Log:
     def sync(self):
         """Everything so far is on the disk, or an OSError says why not."""
         if is_main():
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self._write_lines()
             os.fsync(self.file.fileno())
 
     def finish(self, tokenizer, seconds):
@@ -233,7 +276,7 @@ class Log:
         self.bar.close()
         c = self.config
         if self.step < c.steps:
-            say(f"Stopped after step {self.step}, as told. The same command with --resume goes on from the last checkpoint.")
+            say(f"Stopped after step {self.step}, as told. To continue, run the same command with --resume.")
             return
         text = f"Trained {c.model} for {c.steps} steps in {seconds:.0f} s of training."
         if self.first and self.last:
@@ -244,43 +287,40 @@ class Log:
         text += (f" The model is in {c.output}/model, where transformers and vllm load it from, and every metric of every "
                  f"step in {c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
         if c.model == BUILTIN_MODEL:
-            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model of "
-                     "yours with --model and --dataset (python sppo.py --help; the README has the paper's runs).")
+            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model "
+                     "of yours with --model and --dataset (python sppo.py --help; the README has the paper's runs).")
         say("\n".join(textwrap.wrap(text, 100, break_on_hyphens=False)))
 
+    def _write_lines(self):
+        """Writes what has not been written. A full disk may take a part of it; the rest is kept for the next time."""
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
-    def _write_what_there_is_room_for(self):
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            say(f"warning: metrics.jsonl cannot be written ({error}); what is missing is kept, and tried again every step")
-
-    def _say_what_looks_wrong(self, line):
-        """Once for as long as it lasts."""
-        cut_off, length = line.get("truncated", 0), line.get("response_tokens", 2)
-        limit = self.config.max_response_tokens
-        looks = {f"{100 * cut_off:.0f} % of the responses were cut off by --max-response-tokens {limit}, and earn nothing: the "
-                 "policy never stops, or the limit is too low": cut_off > 0.9,
-                 "nearly all responses are empty: the policy has collapsed": length < 1.5,
-                 "an update was not finite, and was skipped": line.get("policy/skipped") or line.get("critic/skipped")}
+    def _warn(self, line):
+        """Prints what looks wrong, once for as long as it lasts."""
+        cut_off, limit = line.get("truncated", 0), self.config.max_response_tokens
+        looks = {f"{100 * cut_off:.0f} % of the responses were cut off by --max-response-tokens {limit} and earn nothing: "
+                 "the policy never stops, or the limit is too low": cut_off > 0.9,
+                 "nearly all responses are empty: the policy has collapsed": line.get("response_tokens", 2) < 1.5,
+                 "an update was not finite and was skipped": line.get("policy/skipped") or line.get("critic/skipped")}
         for number, (text, wrong) in enumerate(looks.items()):
-            if wrong and number not in self.said:
+            if wrong and number not in self.warned:
                 say(f"warning: {text}")
-            (self.said.add if wrong else self.said.discard)(number)
+            (self.warned.add if wrong else self.warned.discard)(number)
 
 
-def earlier_lines(path, begun):
-    """The lines of a metrics.jsonl up to step `begun`, each once."""
+def earlier_lines(path, last):
+    """The lines of a metrics.jsonl up to step `last`, each once."""
     lines = {}
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # the last one was cut when the run was killed
-            if (step := json.loads(line)["step"]) <= begun:
+        with contextlib.suppress(ValueError):  # the last line was cut when the run was killed
+            if (step := json.loads(line)["step"]) <= last:
                 lines.setdefault(step, line)
     return [lines[step] for step in sorted(lines)]
 
 
 def show_samples(title, batch, tokenizer, count=3):
+    """Prints the first `count` prompts of a Batch with their responses and verdicts."""
     say(f"\n{title}")
     for problem, response, reward in list(zip(batch.problems, batch.responses, batch.rewards, strict=True))[:count]:
         text = " | ".join(tokenizer.decode(response.ids, skip_special_tokens=True).split("\n"))

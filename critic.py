@@ -1,8 +1,33 @@
 """The scalar prompt critic (arXiv 2604.08865): a model that reads the prompt alone and predicts the chance of success.
 
 A token-level critic must say how good every half-written proof is. This one answers a single question, "will the
-policy solve this problem?", with one number per prompt; that is a classification, trained with cross-entropy, and a
-model much smaller than the policy can learn it.
+policy solve this problem?", with one number per prompt. That is a classification, trained with binary cross-entropy,
+and a model much smaller than the policy can learn it.
+
+Without FSDP and micro-batches, all of it is this:
+
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    backbone = AutoModel.from_pretrained(MODEL, dtype=torch.float32)
+    head = torch.nn.Linear(backbone.config.hidden_size, 1)
+    torch.nn.init.zeros_(head.weight)                      # V = 1/2 for every prompt, until something is known
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=1e-3)
+
+    def logits(prompts):                                   # texts -> the logit of V at each prompt's last token [B]
+        ids = [tokenizer(prompt).input_ids for prompt in prompts]
+        last = torch.tensor([len(i) - 1 for i in ids])
+        rows = torch.tensor([i + [0] * (int(last.max()) + 1 - len(i)) for i in ids])  # padded on the right: the
+        hidden = backbone(rows).last_hidden_state                                     # last token does not see it
+        return head(hidden[torch.arange(len(ids)), last])[:, 0]
+
+    def update(prompts, rewards):                          # rewards [B], 1 or 0
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(prompts), rewards)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 """
 import math
 
@@ -13,12 +38,11 @@ from torch import nn
 from transformers import AutoModel
 
 from data import load_tokenizer, render
-from policy import Trained
-from pretrained import load
+from sharded import ShardedModel, load
 
 
 class ValueModel(nn.Module):
-    """A causal backbone (hub name or folder) and one linear layer: a number for every state that is asked for."""
+    """A causal backbone (hub name or folder) and one linear layer: a number for every place that is asked for."""
 
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
@@ -29,11 +53,11 @@ class ValueModel(nn.Module):
 
     def forward(self, ids, scored):
         """ids [b, L] right-padded; scored [n]: places in ids.flatten() -> the head's outputs there [n]."""
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[scored]).squeeze(-1).float().clone()  # FSDP wants no views
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, H]
+        return self.head(hidden.flatten(0, 1)[scored]).squeeze(-1).float().clone()  # a clone, as FSDP wants no views
 
 
-class PromptCritic(Trained):
+class PromptCritic(ShardedModel):
     """V(s_p) = sigmoid(logit), from any causal Hugging Face model, with its own tokenizer and chat template."""
 
     def __init__(self, model, device, *, minibatch, trust_remote_code=False, **options):
@@ -45,45 +69,44 @@ class PromptCritic(Trained):
         """Before the first update: V = the mean reward [B], for every prompt. Our addition: from V = 1/2, a policy that
         solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth. (With
         --oversample, what is in flight by then keeps the 1/2 that it was started with.)"""
-        mean = (rewards.sum().item() + 0.5) / (len(rewards) + 1)  # never 0 or 1
+        mean = (rewards.sum().item() + 0.5) / (len(rewards) + 1)  # never 0 or 1, whose logits are infinite
         self.module.reshard()  # or a gathered copy would be filled, and dropped
         with torch.no_grad():
             self.module.head.bias.fill_(math.log(mean / (1 - mean)))
 
     def encode(self, problems):
-        """Token ids of each problem's prompt as this critic reads it."""
+        """Token ids of each problem's prompt as this critic reads it: it may have another tokenizer than the policy."""
         return [render(p.messages, self.tokenizer) for p in problems]
 
-    def score(self, prompts):
-        """Logits [b] of V for lists of token ids, with gradient; [0] for no prompts, which still runs the model."""
+    def forward(self, prompts):
+        """(logits of V [b, 1],) for lists of token ids, with gradient; [0, 1] for no prompts, which still runs the
+        model, since other ranks wait for this one to gather weights with them."""
         rows = prompts or [[0]]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for i, prompt in enumerate(rows):
             ids[i, : len(prompt)] = torch.tensor(prompt)
         last = torch.tensor([i * ids.shape[1] + len(prompt) - 1 for i, prompt in enumerate(rows)])
-        return self.module(ids.to(self.device), last.to(self.device))[: len(prompts)]
+        return (self.module(ids.to(self.device), last.to(self.device))[: len(prompts), None],)
 
     def logits(self, prompts):
         """Logits [B] of V, without gradient, on the CPU, the same on every rank."""
-        return self.infer([len(p) for p in prompts], 1, lambda rows: self.score([prompts[row] for row in rows])[:, None])[:, 0]
+        return self.infer(prompts, [len(p) for p in prompts], width=1)[:, 0]
 
     def update(self, prompts, rewards):
         """One epoch of L_V = BCE(V(s_p), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
-        done = []
-        for start in range(0, len(prompts), self.minibatch):
-            chunk, targets = prompts[start : start + self.minibatch], rewards[start : start + self.minibatch]
-
-            def loss_of(rows, chunk=chunk, targets=targets):
-                logits = self.score([chunk[row] for row in rows])
-                loss = F.binary_cross_entropy_with_logits(
-                    logits, targets[rows].to(logits.device), reduction="sum") / len(chunk)
-                return loss, {"loss": loss.detach()}
-
-            done.append(self.optimize([len(p) for p in chunk], loss_of))
-        return {f"critic/{name}": float(np.mean([d[name] for d in done])) for name in done[0]}
+        steps = []
+        with self.on_device():
+            for start in range(0, len(prompts), self.minibatch):
+                chunk, targets = prompts[start : start + self.minibatch], rewards[start : start + self.minibatch]
+                for rows in self.micro_batches([len(p) for p in chunk]):
+                    logits = self.forward([chunk[row] for row in rows])[0][:, 0]
+                    loss = F.binary_cross_entropy_with_logits(logits, targets[rows].to(logits.device), reduction="sum")
+                    self.backward(loss / len(chunk), {})
+                steps.append(self.step())
+        return {f"critic/{name}": float(np.mean([m[name] for m in steps])) for name in steps[0]}
 
 
-# ---- does the critic know which prompts are solvable? ---------------------------------------------------------------
+# ---- does the critic know which prompts are solvable? -------------------------------------------------------
 
 def calibration(values, rewards):
     """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and explained variance."""

@@ -1,17 +1,19 @@
-"""Problems: where they come from, and how one becomes a prompt.
+"""Problems: where they come from, how one becomes a prompt, and whether a model can read it.
 
 `load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, a hub dataset, or a procedural task of
 the library reasoning-gym. Whatever the source, a problem is chat messages and a gold answer.
 """
+import glob
 import hashlib
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli import InputError, say
 from reward import last_boxed
 
-BUILTIN_MODEL = str(Path(__file__).resolve().parent / "builtin")
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
 
 # A row is read by the first of these fields that it has.
@@ -19,10 +21,6 @@ PROMPT_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "solution", "ground_truth")
 EXPECTED = (f"expected one of {'|'.join(PROMPT_FIELDS)} with one of {'|'.join(ANSWER_FIELDS)}, "
             "or verl's `prompt` with `reward_model.ground_truth`")
-
-
-class InputError(Exception):
-    """Something that the user gave cannot be used. The message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,8 @@ def parse_row(row, i, spec):
     return Problem(i, tuple(messages), answer)
 
 
+# ---- the problems of a training run -------------------------------------------------------------------------
+
 def split(problems, held_out, seed=0):
     """(training problems, held-out problems), disjoint; at most a fifth is held out."""
     order = random.Random(seed).sample(range(len(problems)), len(problems))
@@ -154,9 +154,42 @@ def split(problems, held_out, seed=0):
     return [problems[i] for i in sorted(order[held_out:])], [problems[i] for i in order[:held_out]]
 
 
-# ---- from problem to prompt -----------------------------------------------------------------------------------------
+def training_problems(c, tokenizer):
+    """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is too long
+    for the policy's tokenizer or the critic's."""
+    tokenizers = [tokenizer, *([load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else [])]
+    problems = load_problems(c.dataset)
+    fitting = [p for p in problems if all(len(render(p.messages, t)) <= c.max_prompt_tokens for t in tokenizers)]
+    if len(fitting) < len(problems):
+        say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts are "
+            f"longer than --max-prompt-tokens {c.max_prompt_tokens}")
+    if not fitting:
+        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {c.max_prompt_tokens}; "
+                         "raise it")
+    return split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
+
+
+def check_answers(problems, verifier, dataset):
+    """Refuses a dataset with gold answers that math-verify cannot read: no response could ever earn their reward."""
+    bad = sorted((problems[i] for i in verifier.unverifiable([p.answer for p in problems])), key=lambda p: p.id)
+    if bad:
+        raise InputError(f"{dataset}, row {bad[0].id + 1}: the answer {bad[0].answer[:100]!r} cannot be parsed, so no "
+                         f"response could be verified against it ({len(bad)} such rows); correct or remove it")
+
+
+def shuffled_epochs(problems, first, count, seed):
+    """Problems number `first` to `first + count` of an endless series in which every problem comes once an epoch, in a
+    new order each time. It depends on its arguments alone: every rank, and a resumed run, draws the same."""
+    places = [divmod(i, len(problems)) for i in range(first, first + count)]  # (epoch, place in it)
+    orders = {epoch: random.Random(f"{seed}/{epoch}").sample(problems, len(problems))
+              for epoch in {epoch for epoch, _ in places}}
+    return [orders[epoch][i] for epoch, i in places]
+
+
+# ---- from problem to prompt ---------------------------------------------------------------------------------
 
 def load_tokenizer(model, trust_remote_code=False):
+    """The tokenizer of a Hugging Face name or folder. Raises InputError if there is none that can be read."""
     from transformers import AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -169,6 +202,31 @@ def render(messages, tokenizer):
     if tokenizer.chat_template is None:
         return tokenizer.encode("\n\n".join(m["content"] for m in messages) + "\n\n")
     return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+
+
+# ---- can the model be used? ---------------------------------------------------------------------------------
+
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
+    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
+
+    tokens: the longest sequence that the model will have to read; options: the options that set this length.
+    """
+    from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    except Exception as error:  # transformers and its validators raise many kinds; each is about this file
+        raise InputError(f"{model}: is neither a folder with a usable config.json nor a model on the hub that can be "
+                         f"read from here ({str(error).strip().splitlines()[0]})") from None
+    if os.path.isdir(model) and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
+        raise InputError(f"{model}: has no .safetensors file; weights in other formats can run code when they are "
+                         "read, so convert them first (transformers' save_pretrained writes safetensors)")
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{model}: its tokenizer has {len(tokenizer)} tokens and its weights only "
+                         f"{config.vocab_size}; the two do not belong together")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and tokens > context:
+        raise InputError(f"{model}: reads at most {context} tokens, and is asked to read {tokens}; lower {options}")
 
 
 # ---- the built-in task ----------------------------------------------------------------------------------------------

@@ -1,68 +1,48 @@
 """GRPO, RLOO and ReMax: baselines made of more samples, where SPPO's is made by a critic.
 
-    python grpo.py                                  GRPO  (arXiv 2402.03300): 8 samples a prompt, less their mean, by their std
-    python grpo.py --no-normalize                   the same without the std (arXiv 2503.20783)
-    python grpo.py --baseline rloo                  RLOO  (arXiv 2402.14740): less the mean of the other samples
-    python grpo.py --baseline remax                 ReMax (arXiv 2310.10505): less the reward of the greedy response
+    python grpo.py                        GRPO  (arXiv 2402.03300): 8 samples a prompt, minus their mean, over their std
+    python grpo.py --no-normalize         the same without the std (arXiv 2503.20783)
+    python grpo.py --baseline rloo        RLOO  (arXiv 2402.14740): minus the mean of the other samples
+    python grpo.py --baseline remax       ReMax (arXiv 2310.10505): minus the reward of the greedy response
 
-What differs from sppo.py, whose loop this is: nothing is learned here and no second model is held; each prompt costs
-more samples instead. Where all of them are right, or all wrong, every advantage is zero, and what they cost has bought
+What differs from sppo.py, whose loop this is: nothing is learned here and there is no second model. Each prompt costs
+more samples instead. Where all samples of a prompt are right, or all wrong, every advantage is zero and the group has
 no gradient: `group/all_equal` is the share of such prompts.
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import sppo
-from cli import option
-from data import InputError
-from sppo import Baseline, train
+from cli import InputError, option
+from sppo import Baseline, TrainConfig, train
 
-
-@dataclass
-class Config(sppo.Config):
-    output: str | None = option(None, "folder for metrics.jsonl, TensorBoard events and the trained model [runs/BASELINE]")
-    baseline: Literal["grpo", "rloo", "remax"] = option("grpo", "what is subtracted from the reward")
-    group_size: int = option(8, "responses per prompt (grpo, rloo)")
-    normalize: bool = option(True, "divide by the standard deviation of the group (grpo)")
-
-    # Fewer prompts than sppo.py, since each has a group of responses; so the demo stays one of a few minutes.
-    BUILTIN: ClassVar[dict] = {**sppo.Config.BUILTIN, "steps": 20, "prompts_per_step": 64, "minibatch": 16}
-
-    def __post_init__(self):
-        self.output = self.output or f"runs/{self.baseline}"
-
-    def check(self):
-        super().check()
-        if self.baseline != "remax" and self.group_size < 2:
-            raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; give 2 or more")
-        if self.oversample:
-            raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a prompt and must "
-                             "wait for all of them; leave the option out")
-        if self.critic_model:
-            raise InputError(f"--critic-model {self.critic_model}: {self.baseline} has no critic; leave the option out")
-
+# ---- the mathematics ----------------------------------------------------------------------------------------
 
 def group_advantages(rewards, group_size, normalize=True):
     """(R - mean) / (std + 1e-6) of each group, std with N - 1 (arXiv 2402.03300, eq. 3). rewards [B*N] -> [B*N].
-    The N = group_size samples of a prompt are adjacent. Without `normalize`, R - mean."""
-    groups = rewards.view(-1, group_size)
+
+    The N = group_size samples of a prompt are adjacent. Without `normalize`, R - mean.
+    """
+    groups = rewards.view(-1, group_size)  # [B, N]
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize:
+        # The 1e-6 keeps 0 / 0 away where all rewards of a group agree: such a group's advantages are 0.
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
     return advantages.flatten()
 
 
 def rloo_advantages(rewards, group_size):
-    """R less the mean of the group's N - 1 other rewards (arXiv 2402.14740). rewards [B*N] -> [B*N]."""
-    groups = rewards.view(-1, group_size)
+    """R minus the mean of the group's N - 1 other rewards (arXiv 2402.14740). rewards [B*N] -> [B*N]."""
+    groups = rewards.view(-1, group_size)  # [B, N]
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
 
 
 def remax_advantages(rewards, greedy_rewards):
-    """R less the reward of the same prompt's greedy response (arXiv 2310.10505). rewards, greedy_rewards [B] -> [B]."""
+    """R minus the reward of the same prompt's greedy response (arXiv 2310.10505). Both [B] -> [B]."""
     return rewards - greedy_rewards
 
+
+# ---- the baselines ------------------------------------------------------------------------------------------
 
 class GRPO(Baseline):
     """The other samples of a prompt are its baseline."""
@@ -75,6 +55,7 @@ class GRPO(Baseline):
         return group_advantages(batch.rewards, self.samples_per_prompt, self.run.config.normalize)
 
     def update(self, batch):
+        # Nothing is learned; but a user wants to know how many samples were spent on groups without a gradient.
         groups = batch.rewards.view(-1, self.samples_per_prompt)
         return {"group/all_equal": (groups == groups[:, :1]).all(1).float().mean().item()}
 
@@ -87,7 +68,7 @@ class RLOO(GRPO):
 
 
 class ReMax(Baseline):
-    """The greedy response is the baseline; it is generated beside the sampled one, and not trained on."""
+    """The greedy response is the baseline. It is generated beside the sampled one, and not trained on."""
 
     wants_greedy = True
 
@@ -99,6 +80,32 @@ class ReMax(Baseline):
                 "greedy_reward": batch.greedy_rewards.mean().item()}
 
 
+# ---- the options --------------------------------------------------------------------------------------------
+
+@dataclass
+class GRPOConfig(TrainConfig):
+    output: str | None = option(None, "folder for metrics.jsonl and the trained model [runs/BASELINE]")
+    baseline: Literal["grpo", "rloo", "remax"] = option("grpo", "what is subtracted", group="algorithm")
+    group_size: int = option(8, "responses per prompt (grpo, rloo)")
+    normalize: bool = option(True, "divide by the standard deviation of the group (grpo)")
+
+    # Fewer prompts than sppo.py, since each has a group of responses; so the demo stays one of a few minutes.
+    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "steps": 20, "prompts_per_step": 64, "minibatch": 16}
+
+    def __post_init__(self):
+        self.output = self.output or f"runs/{self.baseline}"
+
+    def check(self):
+        super().check()
+        if self.baseline != "remax" and self.group_size < 2:
+            raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; give 2 or more")
+        if self.oversample:
+            raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a prompt "
+                             "and must wait for all of them; leave the option out")
+        if self.critic_model:
+            raise InputError(f"--critic-model {self.critic_model}: {self.baseline} has no critic; leave the option out")
+
+
 if __name__ == "__main__":
-    config = Config.parse(__doc__)
+    config = GRPOConfig.parse(__doc__)
     train(config, {"grpo": GRPO, "rloo": RLOO, "remax": ReMax}[config.baseline])

@@ -3,10 +3,10 @@
     python ppo.py                          clipped squared error, as in PPO (arXiv 1707.06347)
     python ppo.py --value-loss bce         the papers' ablation: the same critic trained with cross-entropy
 
-What differs from sppo.py, whose loop this is: a response is not one action but T of them, so the critic must say at
+What differs from sppo.py, whose loop this is: a response is not one action but T of them. So the critic must say at
 every token how likely the response is to end well, GAE (arXiv 1506.02438) turns these values into an advantage per
-token, and the advantages are whitened. The critic reads prompt and response: it must share the policy's tokenizer, and
-it costs as much to train as a policy of its size, where SPPO's reads the prompt alone.
+token, and the advantages are whitened. The critic reads prompt and response: it must share the policy's tokenizer,
+and it costs as much to train as a policy of its size, where SPPO's reads the prompt alone.
 
 The "tail effect" (arXiv 2604.08865): near a response's end the critic can see whether it went well, and V(s_t) comes
 to R, which leaves no advantage where the answer is written; near its start it can not. `critic/auc_tenth_1` to `_10`
@@ -19,45 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import sppo
-from cli import option
+from cli import InputError, option
 from critic import ValueModel, auc, explained_variance
-from data import InputError, load_tokenizer
-from policy import Trained, pad, unflatten
-from pretrained import check_model
-from sppo import Baseline, train
+from data import check_model, load_tokenizer
+from sharded import ShardedModel, pad, rows_like, unflatten
+from sppo import Baseline, TrainConfig, train
 
-
-@dataclass
-class Config(sppo.Config):
-    output: str | None = option(None, "folder for metrics.jsonl, TensorBoard events and the trained model [runs/ppo or -bce]")
-    value_loss: Literal["mse", "bce"] = option("mse", "what fits the critic: clipped squared error, or binary cross-entropy")
-    value_clip: float = option(0.2, "with mse, a value may leave the one that it had when sampled by this much in a step")
-    gamma: float = option(1.0, "discount per token")
-    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
-
-    BUILTIN: ClassVar[dict] = sppo.Config.BUILTIN
-
-    def __post_init__(self):
-        self.output = self.output or {"mse": "runs/ppo", "bce": "runs/ppo-bce"}[self.value_loss]
-
-    def check(self):
-        super().check()
-        if self.oversample:
-            raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, so it cannot say "
-                             "what was expected when they were started; leave the option out")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
-        if self.critic_model:
-            check_model(self.critic_model, self.max_prompt_tokens + self.max_response_tokens, self.trust_remote_code)
-            ours, its = (load_tokenizer(m, self.trust_remote_code).get_vocab() for m in (self.model, self.critic_model))
-            if ours != its:
-                raise InputError(f"--critic-model {self.critic_model}: reads other tokens than {self.model}, and a critic with "
-                                 "a value per token must read the policy's own; choose one of the same family")
-
-
-# ---- the mathematics ------------------------------------------------------------------------------------------------
+# ---- the mathematics ----------------------------------------------------------------------------------------
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16), and the returns that values are fitted to.
@@ -67,18 +35,18 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     A masked position is stepped over: what follows a token is the next unmasked one. V is 0 after the last.
     """
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # [B]
     for t in reversed(range(values.shape[1])):
-        here = mask[:, t].bool()
+        inside = mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(here, values[:, t], next_value)
+        next_advantage = torch.where(inside, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(inside, values[:, t], next_value)
         advantages[:, t] = next_advantage
     return advantages * mask, (advantages + values) * mask
 
 
 def whiten(x, mask):
-    """x [B, T] less its mean over the mask, divided by its standard deviation there; 0 outside. In float64, or equal
+    """x [B, T] minus its mean over the mask, divided by its standard deviation there; 0 outside. In float64, or equal
     numbers would become rounding divided by rounding."""
     x = x.double()
     inside = x[mask.bool()]
@@ -86,8 +54,9 @@ def whiten(x, mask):
 
 
 def value_loss(outputs, old_values, returns, mask, num_tokens, kind, clip):
-    """Sum over the mask / num_tokens of each token's loss; all [B, T]. `outputs` are the head's: V for "mse", its logit
-    for "bce". The squared error is the larger of V's and of V's clipped to old_values +- clip (as PPO's policy loss)."""
+    """Sum over the mask / num_tokens of each token's loss; all [B, T]. `outputs` are the head's: V for "mse", its
+    logit for "bce". The squared error is the larger of V's and of V's clipped to old_values +- clip (arXiv 1707.06347
+    does the same with the ratio)."""
     if kind == "bce":  # returns are mixtures of R and V, both in [0, 1]: but for rounding, so are they
         losses = F.binary_cross_entropy_with_logits(outputs, returns.clamp(0, 1), reduction="none")
     else:
@@ -96,42 +65,41 @@ def value_loss(outputs, old_values, returns, mask, num_tokens, kind, clip):
     return (losses * mask).sum() / num_tokens
 
 
-# ---- the critic and the baseline ------------------------------------------------------------------------------------
+# ---- the critic and the baseline ----------------------------------------------------------------------------
 
-class TokenCritic(Trained):
+class TokenCritic(ShardedModel):
     """V(s_t) for every state of a response: the prompt, and the prompt with the first t tokens."""
 
     def __init__(self, model, device, *, kind, clip, minibatch, trust_remote_code=False, **options):
         self.kind, self.clip, self.minibatch = kind, clip, minibatch
         super().__init__(ValueModel(model, trust_remote_code), device, **options)
 
-    def score(self, sequences):
-        """The head's outputs [b, T] at the states of (prompt ids, response ids) pairs, with gradient; 0 past the end."""
+    def forward(self, sequences):
+        """(the head's outputs [b, T],) at the states of (prompt ids, response ids) pairs, with gradient; 0 past the
+        end of a response."""
         ids, scored, mask = pad(sequences, self.device)
-        return unflatten(self.module(ids, scored), mask)
+        return (unflatten(self.module(ids, scored), mask),)
 
     def values(self, sequences):
         """V(s_t) [B, T] without gradient, on the CPU, the same on every rank."""
-        outputs = self.infer([len(p) + len(r) for p, r in sequences], max(len(r) for _, r in sequences),
-                             lambda rows: self.score([sequences[row] for row in rows]))
+        outputs = self.infer(sequences, [len(p) + len(r) for p, r in sequences], max(len(r) for _, r in sequences))
         return outputs.sigmoid() if self.kind == "bce" else outputs
 
     def update(self, batch, old_values, returns):
         """One epoch over the batch in mini-batches. old_values, returns [B, T]. Returns metrics."""
-        done = []
-        for start in range(0, len(batch.responses), self.minibatch):
-            chunk = slice(start, start + self.minibatch)
-            sequences, mask = batch.sequences[chunk], batch.mask[chunk]
-            old, targets = old_values[chunk], returns[chunk]
-
-            def loss_of(rows, sequences=sequences, mask=mask, old=old, targets=targets):
-                outputs = self.score([sequences[row] for row in rows])
-                before, target, inside = (x[rows, : outputs.shape[1]].to(outputs.device) for x in (old, targets, mask))
-                loss = value_loss(outputs[: len(rows)], before, target, inside, mask.sum(), self.kind, self.clip)
-                return loss, {"loss": loss.detach()}
-
-            done.append(self.optimize([len(p) + len(r) for p, r in sequences], loss_of))
-        return {f"critic/{name}": float(np.mean([d[name] for d in done])) for name in done[0]}
+        steps, count = [], len(batch.responses)
+        with self.on_device():
+            for start in range(0, count, self.minibatch):
+                chunk = range(start, min(start + self.minibatch, count))
+                num_tokens = batch.mask[chunk.start : chunk.stop].sum()  # of the mini-batch, over all ranks
+                for rows in self.micro_batches([len(p) + len(r) for p, r in (batch.sequences[i] for i in chunk)]):
+                    rows = [chunk[row] for row in rows]
+                    outputs, = self.forward([batch.sequences[i] for i in rows])  # [b, t]
+                    old, target, mask = (rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask))
+                    outputs = outputs[: len(rows)]  # a rank without rows has one made up, without tokens
+                    self.backward(value_loss(outputs, old, target, mask, num_tokens, self.kind, self.clip), {})
+                steps.append(self.step())
+        return {f"critic/{name}": float(np.mean([m[name] for m in steps])) for name in steps[0]}
 
 
 class PPO(Baseline):
@@ -152,12 +120,6 @@ class PPO(Baseline):
         minibatches = zip(advantages.split(c.minibatch), batch.mask.split(c.minibatch), strict=True)
         return torch.cat([whiten(a, mask) for a, mask in minibatches])
 
-    def state_dict(self):
-        return {"critic": self.critic.state_dict()}
-
-    def load_state_dict(self, state):
-        self.critic.load_state_dict(state["critic"])
-
     def update(self, batch):
         prompt_values = self.values[:, 0].numpy()  # V(s_0) has read the prompt alone, like SPPO's
         return {"critic/auc": auc(prompt_values, batch.rewards.numpy()),
@@ -173,5 +135,40 @@ def tail_effect(values, lengths, rewards):
             for k in range(10)}
 
 
+# ---- the options --------------------------------------------------------------------------------------------
+
+@dataclass
+class PPOConfig(TrainConfig):
+    output: str | None = option(None, "folder for metrics.jsonl and the trained model [runs/ppo or runs/ppo-bce]")
+    value_loss: Literal["mse", "bce"] = option("mse", "the critic's: clipped squared error, or binary cross-entropy",
+                                               group="algorithm")
+    value_clip: float = option(0.2, "with mse: a value may leave the one it had when sampled by this much")
+    gamma: float = option(1.0, "discount per token")
+    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
+
+    BUILTIN: ClassVar[dict] = TrainConfig.BUILTIN
+
+    def __post_init__(self):
+        self.output = self.output or {"mse": "runs/ppo", "bce": "runs/ppo-bce"}[self.value_loss]
+
+    def check(self):
+        super().check()
+        if self.oversample:
+            raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, so it "
+                             "cannot say what was expected when they were started; leave the option out")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
+        if self.critic_model:
+            tokens = self.max_prompt_tokens + self.max_response_tokens
+            check_model(self.critic_model, tokens, self.trust_remote_code)
+            policy, critic = (load_tokenizer(model, self.trust_remote_code).get_vocab()
+                              for model in (self.model, self.critic_model))
+            if policy != critic:
+                raise InputError(f"--critic-model {self.critic_model}: reads other tokens than {self.model}, and a "
+                                 "critic with a value per token must read the policy's own; choose one of the same "
+                                 "family")
+
+
 if __name__ == "__main__":
-    train(Config.parse(__doc__), PPO)
+    train(PPOConfig.parse(__doc__), PPO)

@@ -1,10 +1,17 @@
 """Verification: is a response's final answer mathematically equal to the gold answer? 1 or 0, nothing between.
 
 The last `\\boxed{}` after any `</think>` is the answer, and math-verify (sympy underneath) compares it with the gold
-one. A policy is an adversary: it will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns, not
-even to math-verify's own alarm. So `Verifier` runs every comparison in a process that can be killed.
+one. A policy will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns, not even to math-verify's
+own alarm. So `Verifier` runs every comparison in a process that can be killed.
+
+This file needs nothing of the others: copy it, or paste all of it into a script of yours.
+
+    verifier = Verifier(workers=2, timeout=1.0)
+    verifier.score(["So it is \\boxed{1/2}.", "I give up."], ["0.5", "0.5"])      # [1.0, 0.0]
+    verifier.close()
 """
 import json
+import logging
 import multiprocessing
 import os
 import queue
@@ -17,6 +24,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # address space of a worker: an answer must not eat the machine
 PATIENCE = 10 if hasattr(signal, "setitimer") else 1  # Windows cannot tell how long a process has computed
+WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
+START = ("import importlib, sys; sys.path.insert(0, sys.argv[1]); "
+         "importlib.import_module(sys.argv[2])._work(float(sys.argv[3]))")
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
 # What may stand between two boxes that together are one answer: `\boxed{3} and \boxed{4}`.
@@ -103,11 +113,14 @@ def verify(response, answer, mode="boxed"):
 class Verifier:
     """Verifies in `workers` processes; a comparison that takes more than `timeout` seconds of processor time scores 0.
 
-    The processes are started fresh (`python reward.py`), so they inherit neither CUDA nor threads. `timeouts` and
-    `crashes` count the responses that were given up.
+    The processes are fresh Python interpreters that import this file, so they inherit neither CUDA nor threads.
+    `timeouts` and `crashes` count the responses that were given up. mode: as in `extract_answer`.
     """
 
     def __init__(self, workers=2, timeout=1.0, mode="boxed"):
+        if WORKER in os.environ:  # or each worker would start workers, for ever
+            raise RuntimeError("a Verifier's worker imports the file that defines Verifier, which made a Verifier at "
+                               "once; put what that file runs under `if __name__ == '__main__':`")
         self.timeout, self.mode, self.timeouts, self.crashes = timeout, mode, 0, 0
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each only waits for a process
         self._idle = queue.SimpleQueue()
@@ -115,8 +128,10 @@ class Verifier:
             self._idle.put(self._start())
 
     def _start(self):
-        return subprocess.Popen([sys.executable, os.path.abspath(__file__), str(self.timeout)], text=True,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        folder, name = os.path.split(os.path.abspath(__file__))
+        return subprocess.Popen(
+            [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout)], text=True,
+            env={**os.environ, WORKER: "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
     def submit(self, response, answer) -> Future:
         """Starts verifying; `.result()` of what it returns is the reward. Lets verification overlap generation."""
@@ -195,6 +210,9 @@ def _work(timeout):
     What counts is the time that it computes, or on a busy machine right answers would earn nothing; one that hangs is killed
     by the clock on the wall, PATIENCE times later. Forking here is safe (no threads, no CUDA) and takes milliseconds, where
     a new import of sympy takes 1 s."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # to stop is the trainer's business; a worker ends with its pipe
+    logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
     equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables, once, before the first fork
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     child = None
@@ -223,11 +241,3 @@ def _work(timeout):
     finally:
         if child:
             child.kill()  # to end, Python would wait for it for ever, since it ignores SIGTERM as we do
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # to stop is the trainer's business; the workers end with its pipe
-    import logging
-    logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
-    _work(float(sys.argv[1]))

@@ -1,11 +1,11 @@
-"""SPO: Single-stream Policy Optimization (arXiv 2509.13232), SPPO's sibling. No group and no critic: a notebook.
+"""SPO: Single-stream Policy Optimization (arXiv 2509.13232), SPPO's sibling: no group and no critic, but a memory.
 
     python spo.py
 
-What differs from sppo.py, whose loop this is: the expected reward of a prompt is not predicted but remembered, by two
-numbers per prompt that count successes and failures and forget them as the policy moves. That costs no second model;
-but a prompt must come back for its numbers to be of use, and what was learned about one says nothing about another.
-Prompts whose outcome is uncertain come more often, and advantages are normalised over the whole batch.
+What differs from sppo.py, whose loop this is: the expected reward of a prompt is not predicted but remembered. Two
+numbers per prompt count successes and failures, and forget them as the policy moves. That costs no second model; but a
+prompt must come back for its numbers to be of use, and what was learned about one says nothing about another. Prompts
+whose outcome is uncertain come more often, and advantages are normalised over the whole batch.
 """
 import random
 from dataclasses import dataclass
@@ -14,37 +14,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-import sppo
-from cli import option, say
-from critic import calibration
-from data import InputError
-from sppo import Baseline, train
+from cli import InputError, option, say
+from sppo import Baseline, TrainConfig, train
 
-
-@dataclass
-class Config(sppo.Config):
-    output: str = option("runs/spo", "folder for metrics.jsonl, TensorBoard events and the trained model")
-    prompts_per_step: int = option(1024, "prompts sampled in a step")
-    clip_high: float = option(0.28, "the ratio is clipped above 1 + this")
-    init_samples: int = option(8, "responses per problem, before step 1, that the tracker starts from; 0: it starts from 1/2")
-
-    # A prompt must come back: with 1,024 training problems each is drawn five times.
-    BUILTIN: ClassVar[dict] = {**sppo.Config.BUILTIN, "dataset": "chain:1280"}
-
-    def check(self):
-        super().check()
-        if self.critic_model:
-            raise InputError(f"--critic-model {self.critic_model}: spo has no critic; leave the option out")
-        if self.init_samples < 0:
-            raise InputError(f"--init-samples {self.init_samples}: must be 0 or more")
-
+# ---- the mathematics ----------------------------------------------------------------------------------------
 
 class ValueTracker:
     """v = alpha / (alpha + beta) for each of `num_prompts` prompts, by number (arXiv 2509.13232, section 3.1).
 
-    After a reward r in {0, 1}: alpha <- rho alpha + r, beta <- rho beta + 1 - r, where rho = 2^(-D / half_life), clamped
-    to [rho_min, rho_max], and D is the mean |difference of log-probability| per token, on the prompt's last response,
-    between the policy that wrote it and the policy now. 1 / (1 - rho) is how many samples v remembers.
+    After a reward r in {0, 1}: alpha <- rho alpha + r, beta <- rho beta + 1 - r, where rho = 2^(-D / half_life),
+    clamped to [rho_min, rho_max], and D is the mean |difference of log-probability| per token, on the prompt's last
+    response, between the policy that wrote it and the policy now. 1 / (1 - rho) is how many samples v remembers.
     """
 
     def __init__(self, num_prompts, half_life=0.06, rho_min=0.875, rho_max=0.96):
@@ -70,10 +50,12 @@ class ValueTracker:
             self.beta[i] = rho * self.beta[i] + 1 - r
 
     def rho(self, kl):
+        """How much of the past is kept, for a policy that has moved by kl (D)."""
         return np.clip(2.0 ** (-np.asarray(kl, dtype=np.float64) / self.half_life), self.rho_min, self.rho_max)
 
     def sampling_weights(self):
-        """sqrt(v (1 - v)) + 0.05 of all prompts [num_prompts], not normalised: uncertain ones first, but none never."""
+        """sqrt(v (1 - v)) + 0.05 of all prompts [num_prompts], not normalised: uncertain prompts come more often, and
+        every prompt comes at times."""
         v = self.values(slice(None))
         return np.sqrt(v * (1 - v)) + 0.05
 
@@ -82,16 +64,19 @@ class ValueTracker:
 
     def load_state_dict(self, state):
         if len(state["alpha"]) != len(self.alpha):
-            raise InputError(f"the checkpoint tracks {len(state['alpha'])} problems and the dataset has {len(self.alpha)}; "
-                             "continue with the dataset that the run began with")
+            raise InputError(f"the checkpoint tracks {len(state['alpha'])} problems and the dataset has "
+                             f"{len(self.alpha)}; continue with the dataset that the run began with")
         self.alpha, self.beta = state["alpha"].numpy().copy(), state["beta"].numpy().copy()
 
 
 def normalize(advantages):
-    """[B] less its mean, divided by its standard deviation; in float64, or equal ones would be rounding over rounding."""
+    """[B] minus its mean, divided by its standard deviation. In float64, or equal advantages would become rounding
+    divided by rounding."""
     advantages = advantages.double()
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
+
+# ---- the baseline -------------------------------------------------------------------------------------------
 
 class SPO(Baseline):
     """One sample per prompt, against what is remembered of that prompt. Prompts are known by their row in the dataset."""
@@ -100,32 +85,34 @@ class SPO(Baseline):
         super().__init__(run)
         self.ids = np.array([p.id for p in run.problems])
         self.tracker = ValueTracker(1 + max(p.id for p in run.problems + run.held_out))
-        self.last = {}  # id -> (ids, log-probabilities) of its last response, six bytes a token
+        self.last = {}  # id -> (token ids, log-probabilities) of its last response, six bytes a token
 
-    def next_problems(self, drawn, count):
-        if drawn == 0 and self.run.config.init_samples:
+    def next_problems(self, first, count):
+        c = self.run.config
+        if first == 0 and c.init_samples:
             self.start()
         weights = self.tracker.sampling_weights()[self.ids]
         # From the seed and how many were drawn before: the same on every rank, and after a restart.
-        rng = np.random.default_rng(random.Random(f"{self.run.config.seed}/{drawn}").getrandbits(64))
+        rng = np.random.default_rng(random.Random(f"{c.seed}/{first}").getrandbits(64))
         chosen = rng.choice(len(weights), count, replace=count > len(weights), p=weights / weights.sum())
         return [self.run.problems[i] for i in chosen]
 
     def start(self):
         """The tracker's first values, from samples of the policy before training. Step 1 pays for the time."""
-        run, n = self.run, self.run.config.init_samples
+        run, n, size = self.run, self.run.config.init_samples, self.run.config.prompts_per_step
         say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, for the tracker's first values.")
-        firsts = []
-        for i in range(0, len(run.problems), run.config.prompts_per_step):
-            problems = run.problems[i : i + run.config.prompts_per_step]
-            batch = run.sample(problems, n)
+        firsts = []  # of each problem, its last response
+        for i in range(0, len(run.problems), size):
+            problems = run.problems[i : i + size]
+            batch = run.sampler.sample(problems, n)
             self.tracker.start([p.id for p in problems], batch.rewards.view(-1, n).double().numpy())
             firsts += [(problem, (prompt, np.array(ids, np.int32)))
                        for problem, (prompt, ids) in zip(problems, batch.sequences[n - 1 :: n], strict=True)]
         run.engine.sleep()
-        for i in range(0, len(firsts), run.config.prompts_per_step):
-            problems, sequences = zip(*firsts[i : i + run.config.prompts_per_step], strict=True)
-            self.remember(problems, sequences, run.policy.logprobs([(p, ids.tolist()) for p, ids in sequences]))
+        for i in range(0, len(firsts), size):
+            problems, sequences = zip(*firsts[i : i + size], strict=True)
+            logprobs = run.policy.logprobs([(p, ids.tolist()) for p, ids in sequences])
+            self.remember(problems, sequences, logprobs)
         run.engine.sync(run.policy.weights())
 
     def remember(self, problems, sequences, logprobs):
@@ -138,8 +125,10 @@ class SPO(Baseline):
         known = [i for i, p in enumerate(batch.problems) if p.id in self.last]
         if known:
             then = [self.last[batch.problems[i].id] for i in known]
-            now = self.run.policy.logprobs([(batch.prompts[i], ids.tolist()) for i, (ids, _) in zip(known, then, strict=True)])
-            distance[known] = [np.abs(new[: len(ids)].numpy() - old).mean() for new, (ids, old) in zip(now, then, strict=True)]
+            now = self.run.policy.logprobs([(batch.prompts[i], ids.tolist())
+                                            for i, (ids, _) in zip(known, then, strict=True)])
+            distance[known] = [np.abs(new[: len(ids)].numpy() - old).mean()
+                               for new, (ids, old) in zip(now, then, strict=True)]
         return distance
 
     def expect(self, problems):
@@ -152,15 +141,15 @@ class SPO(Baseline):
             logprobs = self.run.policy.logprobs(batch.sequences)
         self.distance = self.moved(batch)
         self.remember(batch.problems, batch.sequences, logprobs)
-        self.values = batch.expected
+        self.values = batch.expected  # v from before the update: it must not have seen these rewards
         if self.values is None:
             self.values = torch.tensor(self.expect(batch.problems), dtype=torch.float32)
         return normalize(batch.rewards - self.values)
 
     def update(self, batch):
         self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
-        return {**calibration(self.values, batch.rewards),
-                "tracker/distance": self.distance.mean(), "tracker/rho": self.tracker.rho(self.distance).mean()}
+        return {**self.calibration(self.values, batch.rewards), "tracker/distance": self.distance.mean(),
+                "tracker/rho": self.tracker.rho(self.distance).mean()}
 
     def state_dict(self):
         """The last responses as four flat tensors: whose, how long, token ids, log-probabilities."""
@@ -178,5 +167,26 @@ class SPO(Baseline):
         self.last = {problem: (ids.numpy(), logprobs.numpy()) for problem, ids, logprobs in parts}
 
 
+# ---- the options --------------------------------------------------------------------------------------------
+
+@dataclass
+class SPOConfig(TrainConfig):
+    output: str = option("runs/spo", "folder for metrics.jsonl, TensorBoard events and the trained model")
+    prompts_per_step: int = option(1024, "prompts sampled in a step", positive=True)
+    clip_high: float = option(0.28, "the ratio is clipped above 1 + this")
+    init_samples: int = option(8, "responses per problem, before step 1, that the tracker starts from; 0: from 1/2",
+                               group="algorithm")
+
+    # A prompt must come back: with 1,024 training problems each is drawn five times.
+    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "dataset": "chain:1280"}
+
+    def check(self):
+        super().check()
+        if self.critic_model:
+            raise InputError(f"--critic-model {self.critic_model}: spo has no critic; leave the option out")
+        if self.init_samples < 0:
+            raise InputError(f"--init-samples {self.init_samples}: must be 0 or more")
+
+
 if __name__ == "__main__":
-    train(Config.parse(__doc__), SPO)
+    train(SPOConfig.parse(__doc__), SPO)

@@ -1,0 +1,257 @@
+"""Engines: token ids in, token ids and log-probabilities out. vLLM in this process, or transformers without it.
+
+Both have the same four methods, and the training loop never asks which one it has:
+
+    engine.generate(prompts, ...)   yields (number of the prompt, Response), in the order in which they end
+    engine.sleep()                  gives the accelerator's memory to training
+    engine.sync(weights)            takes the policy's new weights, and is awake afterwards
+    engine.close()                  ends what the engine has started
+
+Each rank runs an engine of its own (or `tensor_parallel` neighbours share one) and samples its part of the prompts.
+"""
+import gc
+import importlib.util
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cli import InputError
+
+
+@dataclass
+class Response:
+    ids: list[int]  # the sampled tokens; the last one is the end-of-sequence token if `finished`
+    logprobs: list[float]  # of each token, in the distribution it was sampled from (after temperature)
+    finished: bool  # False: it ran out of tokens, so it has no answer; or it is paused
+    paused: bool = False  # stopped before its end, to be continued later
+
+
+def make_engine(kind, model, device, **options):
+    """The engine `kind`: "vllm", "transformers", or "auto" for vLLM where it is installed."""
+    installed = importlib.util.find_spec("vllm")
+    if kind == "vllm" and not installed:
+        raise InputError("--engine vllm needs `pip install vllm`")
+    kind = ("vllm" if installed else "transformers") if kind == "auto" else kind
+    return (VLLMEngine if kind == "vllm" else TransformersEngine)(model, device, **options)
+
+
+def stop_tokens(model, tokenizer):
+    """Every token that ends a response. A chat model's generation config often names more than its tokenizer."""
+    from transformers import GenerationConfig
+    try:
+        named = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the model has none
+        named = None
+    named = named if isinstance(named, list) else [named]
+    return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
+
+
+# ---- vLLM ---------------------------------------------------------------------------------------------------
+
+class VLLMEngine:
+    def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1, memory=0.5,
+                 trust_remote_code=False):
+        """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its response
+        together. memory: the share of a GPU that vLLM may use while it is awake."""
+        self.device, self.stop = device, stop
+        on_gpu = device.type == "cuda"
+        # Run the engine in this process, so that weights are handed over as tensors and not copied between processes.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+            logging.getLogger("vllm").setLevel(logging.ERROR)  # for what it prints before it reads the variable
+            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if not on_gpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
+        import vllm
+        if not on_gpu:
+            from vllm.platforms import current_platform
+            # vLLM 0.32 compiles a few lines of its own with Inductor: a minute of silence, and no gain on a CPU.
+            current_platform.simple_compile_backend = "eager"
+        self.name = f"vLLM {vllm.__version__}"
+        self.SamplingParams = vllm.SamplingParams
+        self.FINAL_ONLY = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self.llm = vllm.LLM(
+            model, dtype=dtype, max_model_len=max_tokens, tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher",  # torchrun has started the processes already
+            trust_remote_code=trust_remote_code, load_format="safetensors",
+            seed=seed + dist.get_rank() // tensor_parallel,  # ranks that share an engine must sample the same
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            logprobs_mode="processed_logprobs",  # after temperature: what the ratio needs
+            use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
+            enforce_eager=not on_gpu,  # CUDA graphs on a GPU; on a CPU there are none
+            # vLLM 0.32 on a CPU cannot cut the prefill of a request that has a seed ("does not use offset").
+            **({} if on_gpu else dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_tokens))))
+
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None, pause_after=None,
+                 wait_for=()):
+        """Samples one response per prompt, and yields (number of the prompt, Response) as they end.
+
+        prompts: lists of token ids; repeat one to sample it more often.
+        temperature: one number, or one per prompt; 0 is greedy.
+        max_tokens: of a response; one number, or one per prompt.
+        seeds: one per prompt; a response then depends on its seed alone (and on rounding).
+        partial: a Response per prompt, to be continued.
+        pause_after, wait_for: once so many responses have ended, those of the prompts `wait_for` among them, the
+            others are paused; they come last.
+        """
+        engine, ended, wait_for = self.llm.llm_engine, set(), set(wait_for)
+        pause_after = len(prompts) if pause_after is None else pause_after
+        partial = partial or [Response([], [], False)] * len(prompts)
+        temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        for i, prompt in enumerate(prompts):
+            begun = partial[i].ids  # read again, as a longer prompt, and counted as a part of the response
+            engine.add_request(str(i), {"prompt_token_ids": prompt + begun}, self.SamplingParams(
+                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(begun), seed=seeds and seeds[i],
+                stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
+                output_kind=self.FINAL_ONLY))  # hand a response over when it ends, not token by token
+
+        def response(i, ids, flat, **end):
+            logprobs = [flat.logprobs[k] for k in flat.start_indices]
+            return Response([*partial[i].ids, *ids], [*partial[i].logprobs, *logprobs], **end)
+        while engine.has_unfinished_requests() and not (len(ended) >= pause_after and ended >= wait_for):
+            for request in engine.step():  # one token for every response that is being written
+                i, output = int(request.request_id), request.outputs[0]
+                ended.add(i)
+                yield i, response(i, output.token_ids, output.logprobs, finished=output.finish_reason == "stop")
+        # What is paused is read where vLLM (0.20 to 0.32) gathers it.
+        paused = [*engine.output_processor.request_states.values()]
+        engine.abort_request([state.external_req_id for state in paused])
+        for state in paused:
+            i, ids = int(state.external_req_id), state.detokenizer.output_token_ids
+            yield i, response(i, ids, state.logprobs_processor.logprobs, finished=False, paused=True)
+
+    def sleep(self):
+        if self.device.type == "cuda":
+            self.llm.sleep(level=2)  # drops weights and cache: `sync` must come before the next `generate`
+
+    def sync(self, weights):
+        """weights: an iterator of (Hugging Face name, full tensor), of which vLLM holds a layer's worth at a time."""
+        asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
+        if asleep:
+            torch.cuda.empty_cache()  # vLLM takes memory past PyTorch's allocator, which would keep what training had
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        if asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        if self.device.type == "cpu":
+            self.llm.apply_model(_repack_output_layer)
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def close(self):
+        """Must come before the process group ends, which vLLM uses to shut down."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def _repack_output_layer(model):
+    """vLLM 0.32 on a CPU: an output layer tied to the embedding keeps reading its packed weights from a buffer that
+    `reload_weights` has freed, and samples from stale or foreign numbers. Point it at the new weights."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel():  # layers packed for good have given theirs up
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+# ---- transformers -------------------------------------------------------------------------------------------
+
+class TransformersEngine:
+    """For machines without vLLM: a plain decoding loop around a Hugging Face model. Slower, and a second copy of it."""
+
+    BATCH = 64  # prompts that are decoded together
+
+    def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1, memory=None,
+                 trust_remote_code=False):
+        if tensor_parallel > 1:
+            raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; with transformers, each rank has a model "
+                             "of its own")
+        import transformers
+        self.name = f"transformers {transformers.__version__}"
+        self.device, self.stop = device, stop
+        self.random = torch.Generator().manual_seed(seed + dist.get_rank())
+        self.lm = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True)
+        self.lm = self.lm.to(device).eval()
+
+    @torch.no_grad()
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None, pause_after=None,
+                 wait_for=()):
+        """As VLLMEngine's, in batches of prompts of about the same length; but no response can be paused."""
+        if pause_after is not None:
+            raise InputError("--oversample needs vLLM: with transformers a batch runs to its longest response")
+        temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
+        seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for rows in (order[start : start + self.BATCH] for start in range(0, len(order), self.BATCH)):
+            writing = {i: Response([], [], False) for i in rows}
+            for tokens, logprobs in self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows], top_p,
+                                                 [seeds[i] for i in rows], max_tokens):
+                for i, token, logprob in zip(rows, tokens, logprobs, strict=True):
+                    if i in writing:  # a row that has ended is decoded further with its batch, and not read
+                        writing[i].ids.append(token)
+                        writing[i].logprobs.append(logprob)
+                        writing[i].finished = token in self.stop
+                        if writing[i].finished or len(writing[i].ids) == max_tokens:
+                            yield i, writing.pop(i)
+                if not writing:
+                    break
+
+    def _decode(self, prompts, temperatures, top_p, seeds, steps):
+        """Yields, `steps` times, the next token and its log-probability of every row: two lists [b]."""
+        from transformers import DynamicCache
+        # Padded on the left, so that all rows write their next token at the same place.
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)  # [b, width]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        # Random numbers of its own for each row, so that a response does not depend on its neighbours.
+        uniform = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        uniform, temperatures = uniform.to(self.device), torch.tensor(temperatures, device=self.device)
+        cache = DynamicCache()
+        for step in range(steps):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                             use_cache=True, logits_to_keep=1)
+            tokens, logprobs = sample_tokens(output.logits[:, -1], temperatures, top_p, uniform[:, step])
+            yield tokens.tolist(), logprobs.tolist()
+            ids = tokens[:, None]  # keys and values of everything before it are in the cache
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+    def sleep(self):
+        pass
+
+    @torch.no_grad()
+    def sync(self, weights):
+        parameters = dict(self.lm.named_parameters())
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
+
+    def close(self):
+        pass
+
+
+def sample_tokens(logits, temperatures, top_p, uniform):
+    """Draws a token from each row's softmax(logits / temperature), cut to its likeliest tokens of total mass top_p.
+
+    logits [b, V]; temperatures [b], 0 for the likeliest token; uniform [b], random numbers in [0, 1).
+    Returns tokens [b] and their log-probabilities [b] in the distribution that they were drawn from.
+    """
+    greedy = (temperatures == 0)[:, None]
+    logits = logits.float() / torch.where(greedy, 1.0, temperatures[:, None])
+    if top_p < 1:
+        probabilities, order = logits.softmax(-1).sort(descending=True)
+        excess = probabilities.cumsum(-1) - probabilities >= top_p  # the tokens before this one have the mass already
+        logits = logits.masked_fill(excess.scatter(1, order, excess), -torch.inf)
+    logprobs = logits.log_softmax(-1)
+    # Inverse transform sampling: the first token at which the cumulated probability exceeds the random number.
+    cumulated = logprobs.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+    tokens = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]

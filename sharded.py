@@ -1,0 +1,339 @@
+"""A model under FSDP2 with its optimiser: what the policy and the critics have in common.
+
+Three ideas carry this file.
+
+1. Every rank knows the whole batch (token ids are small). `micro_batches` cuts it into shares without a word between
+   ranks, and so that all ranks run equally many: FSDP's collectives would hang otherwise.
+2. The loss is divided by token counts of the *whole* mini-batch, so neither the cut nor the number of ranks changes
+   the gradient.
+3. Only rank 0 reads the checkpoint, and deals the weights out a block at a time: no rank ever holds a whole model.
+
+One optimiser step reads like plain PyTorch:
+
+    for rows in model.micro_batches(lengths):
+        loss, metrics = ...                 # of these rows; the losses of all micro-batches and ranks add up
+        model.backward(loss, metrics)
+    metrics = model.step()
+"""
+import contextlib
+import math
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from cli import Diverged
+
+transformers_logging.set_verbosity_error()  # what matters of a model is checked in data.py, and said in a sentence
+transformers_logging.disable_progress_bar()
+
+# ---- processes ----------------------------------------------------------------------------------------------
+
+def free_port():
+    """A TCP port of this machine that nobody uses, as text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def init_distributed() -> torch.device:
+    """Joins torchrun's process group; without torchrun, one process is a world of one. Returns this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    # Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return device
+
+
+def seed_torch(seed, deterministic):
+    """Seeds torch; with `deterministic`, also makes it choose kernels that give the same numbers each time."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it where there is CUDA
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def compute_dtype(name, device):
+    """"auto" is bfloat16 where the device computes in it and float32 elsewhere; other names stay what they are.
+
+    A CPU with AVX2 only emulates bfloat16, and is several times slower in it than in float32.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    has = torch.cpu.get_capabilities()
+    native = has.get("avx512_bf16") or has.get("amx_bf16")
+    # torch itself can be held to less than the processor has, with ATEN_CPU_CAPABILITY.
+    return "bfloat16" if native and "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
+
+
+# ---- loading ------------------------------------------------------------------------------------------------
+
+def causal_attention(module, query, key, value, attention_mask, scaling, **_):
+    """PyTorch's fused causal attention, without a mask. query [b, heads, L, d], key and value [b, key-value heads, L, d]
+    -> [b, L, heads, d], None. With right padding no token of a response can see padding, so no mask is needed; and
+    with a mask PyTorch would choose a slower kernel that holds all L x L scores."""
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("causal", causal_attention)
+AttentionMaskInterface.register("causal", lambda *_, **__: None)
+
+
+def attention_of(model, trust_remote_code):
+    """The attention for `from_pretrained`: "causal", unless some layers only see a window of the past."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sdpa" if windowed or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} else "causal"
+
+
+def load(auto, model, trust_remote_code):
+    """The model as the transformers class `auto` (AutoModel, ...), with the checkpoint's weights and dtype on rank 0.
+    Elsewhere it is a structure without memory (`meta`), until `ShardedModel` deals out the weights."""
+    options = dict(attn_implementation=attention_of(model, trust_remote_code), trust_remote_code=trust_remote_code)
+    if dist.get_rank() == 0:
+        return auto.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
+    with torch.device("meta"):
+        return auto.from_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), **options)
+
+
+def deal_out(module, device):
+    """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`. What is sharded already stays.
+    Buffers too, saved or not: rotary frequencies are computed when a model is made, and `meta` computes nothing."""
+    new = {}  # old tensor -> new one: tied weights, one tensor under two names, stay tied
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is None or isinstance(old, DTensor):
+                    continue
+                if old not in new:
+                    dtype = torch.float32 if old.is_floating_point() else old.dtype
+                    full = torch.empty(old.shape, dtype=dtype, device=device)
+                    if dist.get_rank() == 0:
+                        full.copy_(old.detach())
+                    dist.broadcast(full, 0)
+                    new[old] = nn.Parameter(full, old.requires_grad) if isinstance(old, nn.Parameter) else full
+                tensors[name] = new[old]
+
+
+# ---- from sequences to tensors ------------------------------------------------------------------------------
+
+def micro_batches(lengths, budget):
+    """Cuts rows into micro-batches of at most `budget` tokens, padding included, and deals them to the ranks.
+
+    lengths: tokens of every row of the mini-batch, the same list on every rank.
+    Returns this rank's list of lists of row numbers. All ranks get equally many lists; some may be empty. Rows are
+    sorted by length, so that little padding is left. A row longer than the budget gets a micro-batch of its own.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    shares = []  # every rank computes the shares of all, so that none need ask another
+    for r in range(world):
+        batches = []
+        for row in by_length[r::world]:
+            rows = batches[-1] if batches else []
+            longest = lengths[rows[0]] if rows else budget + 1
+            # Begin a new micro-batch where rows become a fifth shorter, or padding would take over. But not while this
+            # one is nearly empty: each micro-batch gathers all weights anew.
+            few = longest * len(rows) < budget // 8
+            if longest * (len(rows) + 1) <= budget and (few or lengths[row] >= 0.8 * longest):
+                rows.append(row)
+            else:
+                batches.append([row])
+        shares.append(batches)
+    most = max(map(len, shares))
+    return shares[rank] + [[]] * (most - len(shares[rank]))
+
+
+def pad(sequences, device):
+    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [mask.sum()], the places in
+    ids.flatten() from which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the
+    longest response. Places and not a mask: to select by a mask, the host waits for the GPU to count it."""
+    sequences = sequences or [([0, 0], [])]  # a rank without rows still runs the model, for the others' collectives
+    length = max(len(p) + len(r) for p, r in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
+    for i, (prompt, response) in enumerate(sequences):
+        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[i, : len(response)] = True
+    scored = torch.cat([torch.arange(len(r)) + i * length + len(p) - 1 for i, (p, r) in enumerate(sequences)])
+    return ids.to(device), scored.to(device), mask.to(device)
+
+
+def unflatten(flat, mask):
+    """[mask.sum()] -> [b, T], 0 outside the mask: the inverse of `pad`'s `scored`."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def rows_like(part, rows, whole):
+    """Rows of `whole` [B, T] as wide and on the same device as part [b, t]; of `whole` [B], just the rows [b]."""
+    return (whole[rows, : part.shape[1]] if whole.dim() == 2 else whole[rows]).to(part.device)
+
+
+# ---- training -----------------------------------------------------------------------------------------------
+
+class ShardedModel:
+    """A module sharded over all ranks, with AdamW. Subclasses define `forward`.
+
+    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between` they are in
+    host memory, except inside `with model.on_device():`.
+    """
+
+    def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
+                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, offload_between=False, replicas=1):
+        self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
+        self.dtype, self.offload_between, self.here = getattr(torch, dtype), offload_between, True
+        backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
+        if checkpoint_activations:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        # Sharded over the neighbouring ranks of a replica, and copied across replicas if there are several (HSDP): then
+        # weights are gathered within a node, and only gradients cross between nodes.
+        world = dist.get_world_size()
+        mesh = (init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("copy", "shard"))
+                if replicas > 1 else init_device_mesh(device.type, (world,)))
+        options = dict(
+            mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
+            offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
+        # One transformer block at a time, and then the rest: a whole model in float32 might not fit on a GPU.
+        blocks = set(backbone._no_split_modules or ())
+        for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
+            deal_out(part, device)
+            fully_shard(part, **options)
+        # Training mode, or transformers would not checkpoint activations; but no dropout: pi_old and pi must agree.
+        self.module = module.train()
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            if hasattr(part, "attention_dropout"):
+                part.attention_dropout = 0.0
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.size = sum(p.numel() for p in module.parameters())
+        self.lr, self.warmup_steps, self.updates, self.skipped_in_a_row = lr, warmup_steps, 0, 0
+        self.totals = {}  # loss and metrics of the mini-batch so far, on this rank
+        if offload_between:
+            self._move("cpu")
+
+    # ---- where the weights are ----
+
+    def _move(self, device, optimizer=True):
+        """Takes parameters (and optimiser state) to `device`. FSDP's modules are made to be moved, and the optimiser
+        knows the same parameters afterwards."""
+        self.module.to(device)
+        for state in self.optimizer.state.values() if optimizer else ():
+            state.update({name: tensor.to(device) for name, tensor in state.items()})
+        self.here = device != "cpu"
+
+    @contextlib.contextmanager
+    def on_device(self, optimizer=True):
+        """With offload_between, the model is on the device in the body of this `with`, and on the host before and after.
+        Otherwise it always is, and nothing happens. optimizer: take the optimiser state along, for `step`."""
+        if not self.offload_between or self.here:
+            yield
+            return
+        self._move(self.device, optimizer)
+        try:
+            yield
+        finally:
+            self._move("cpu", optimizer)
+
+    # ---- one optimiser step ----
+
+    def micro_batches(self, lengths):
+        """This rank's micro-batches of a mini-batch, as lists of row numbers; see the function of the same name."""
+        return micro_batches(lengths, self.micro_batch_tokens)
+
+    def backward(self, loss, metrics):
+        """Adds the gradient of one micro-batch. Losses and metrics of all micro-batches and ranks add up to those of the
+        mini-batch, so each must be divided by the whole mini-batch's count."""
+        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the sum is wanted
+        for name, value in {"loss": loss, **metrics}.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
+
+    def step(self):
+        """One AdamW step with the gradients since the last one. Returns the metrics, summed over ranks.
+
+        An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten in a row
+        this raises Diverged.
+        """
+        values = torch.stack(list(self.totals.values())).cpu()
+        dist.all_reduce(values)
+        metrics = dict(zip(self.totals, values.tolist(), strict=True))
+        self.totals = {}
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).full_tensor().item()
+        skip = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))  # the same on every rank
+        if not skip:
+            self.updates += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup_steps))
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+        if self.skipped_in_a_row == 10:
+            raise Diverged(f"ten updates in a row were not finite (loss {metrics['loss']}, gradient norm {norm})")
+        return {**metrics, "grad_norm": norm, "skipped": float(skip)}
+
+    # ---- without gradient ----
+
+    def forward(self, items):
+        """A tuple of tensors [b, up to T], with gradient, for a list of items, which may be empty."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def infer(self, items, lengths, width):
+        """The first output of `forward` for all items, as [B, width] on the CPU, the same on every rank.
+
+        The ranks share the work. lengths: tokens of each item.
+        """
+        result = torch.zeros(len(items), width)
+        with self.on_device(optimizer=False):
+            for rows in self.micro_batches(lengths):
+                part = self.forward([items[row] for row in rows])[0]
+                if rows:
+                    result[rows, : part.shape[1]] = part.cpu().float()
+        dist.all_reduce(result)  # each row was written by one rank and is 0 on the others
+        return result
+
+    # ---- checkpoints and the engine ----
+
+    def state_dict(self):
+        """Weights and Adam's moments, sharded, and counters: the tensors themselves, for checkpoint.py to write or fill."""
+        self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            moments = self.optimizer.state[parameter]
+            if not moments:  # before the first step
+                moments.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                               exp_avg_sq=torch.zeros_like(parameter))
+            state[name] = {"weight": parameter.detach(), **moments}
+        return {"parameters": state, "updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave. Its sharded tensors are the model's own, and filled already."""
+        for name, parameter in self.module.named_parameters():
+            self.optimizer.state[parameter]["step"].copy_(state["parameters"][name]["step"])
+        self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
+
+
+def gathered(parameters, device, dtype):
+    """(name, full tensor) of each (name, sharded parameter), one at a time: a large model is never there in full."""
+    for name, p in parameters:
+        # The shard goes to the device first, where gathering is fast, and in `dtype`, so that fewer bytes travel.
+        shard = DTensor.from_local(p.detach().to_local().to(device, dtype), p.device_mesh, p.placements,
+                                   shape=p.shape, stride=p.stride())
+        yield name, shard.full_tensor()
