@@ -23,7 +23,7 @@ race-quick: install  ## one seed of SPPO and GRPO: some minutes
 
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
-.venv/installed: requirements.txt requirements-cpu.txt tools/install.py tools/excluded.txt
+.venv/installed: requirements.txt requirements-cpu.txt requirements-optional.txt tools/install.py tools/excluded.txt
 	$(PYTHON) tools/install.py $(REQUIREMENTS) --torch-index $(TORCH_INDEX) --with $(WITH)
 	@touch $@
 

@@ -63,17 +63,27 @@ def with_uv(requirements, torch_index, cpu):
     variables = {variable: pip[name] for name, variable in variables.items() if name in pip}
     if cpu:
         install += ["--excludes", EXCLUDED, *torch_from(torch_index, install, requirements, variables)]
-    return run(*install, "-r", requirements, **variables) or say("Uv could not do it. Now pip tries, which takes minutes.")
+    if not run(*install, "-r", requirements, **variables):
+        return say("Uv could not do it. Now pip tries, which takes minutes.")
+    return extras(install, variables)
 
 
 def with_pip(requirements, torch_index, cpu):
     install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     if cpu:
         install += torch_from(torch_index, install, requirements)
-    done = run(*install, "-r", requirements)
-    if done and cpu:  # pip cannot leave them out
+    if not run(*install, "-r", requirements):
+        return False
+    if cpu:  # pip cannot leave them out
         run(PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", "-r", EXCLUDED)
-    return done
+    return extras(install)
+
+
+def extras(install, variables=()):
+    """What can be done without, and has to be compiled: not every machine has a compiler."""
+    if not run(*install, "--quiet", "-r", "requirements-optional.txt", quiet=True, **dict(variables)):
+        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it takes a C compiler and Python's headers.")
+    return True
 
 
 def pip_settings():
