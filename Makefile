@@ -9,7 +9,8 @@ help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
-	OMP_NUM_THREADS=1 $(BIN)/python sppo.py  # so small a model only waits for more threads
+# So small a model only waits for more threads; and vLLM would compile a line of its own, for which not everyone has a compiler.
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python sppo.py
 
 test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
