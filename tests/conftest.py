@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +97,16 @@ def complaint(main, arguments, capsys):
 def metrics(folder):
     """What a run wrote: a dictionary a step."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Each test draws the same numbers every time, on its own or after others; with TEST_SEED=1 it draws others."""
+    import torch
+    seed = int(os.environ.get("TEST_SEED", 0))
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,16 +49,28 @@ def saved():
     return max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
 
 
-rng = random.Random(0)
+def caught_saving(child, begun, delay):
+    """Stops the child `delay` seconds after a save has begun. If the save had ended by then, the child goes on."""
+    while alive(child) and not any(changed > begun for changed in partial()):
+        time.sleep(0.0005)
+    time.sleep(delay)
+    os.kill(child, signal.SIGSTOP)
+    if any(changed > begun for changed in partial()):
+        return True
+    os.kill(child, signal.SIGCONT)
+    return False
+
+
+rng = random.Random(int(os.environ.get("TEST_SEED", 0)))
 report = {"kills": 0, "while saving": 0, "steps": []}
 while report["kills"] < kills:
     begun, at_first, child = time.time(), saved(), start()
     most = last - 3 - (kills - report["kills"])  # steps are left for the other kills
     if report["kills"] % 4 == 0:  # every fourth in the midst of a save
-        while alive(child) and not any(changed > begun for changed in partial()):
-            time.sleep(0.0005)
+        delay = rng.uniform(0, 0.02)
+        while alive(child) and not caught_saving(child, begun, delay) and saved() < most:
+            delay /= 2  # a fast disk
         until_first_save = time.time() - begun  # machines differ, and so do their minutes
-        time.sleep(rng.uniform(0, 0.02))
     else:  # at any time of the start, or of the steps after one more save or two
         saves = rng.choice((0, 1, 2))
         while alive(child) and saved() < min(at_first + saves, most):

@@ -11,6 +11,7 @@ from policy import Policy, init_distributed
 from rollout import make_engine, stop_tokens
 
 device = init_distributed()
+torch.manual_seed(0)
 model = f"{sys.argv[2]}/model"  # one that asks for another distribution than its own, as chat models do
 shutil.copytree(BUILTIN_MODEL, model)
 with open(f"{model}/generation_config.json", "w") as file:

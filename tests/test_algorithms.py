@@ -1,6 +1,7 @@
 """grpo.py, ppo.py and spo.py as their users run them, on the loop of sppo.py."""
 import dataclasses
 import importlib
+import importlib.util
 import re
 
 import pytest
@@ -35,6 +36,8 @@ def test_they_learn_on_two_ranks(tmp_path, command, reports):
     (["ppo.py", "--value-loss", "bce", "--gamma", "0.99", "--lam", "0.95"], "critic/auc_tenth_10"),
     (["spo.py", "--init-samples", "0", "--minibatch", "8"], "tracker/rho")])
 def test_their_variants_run(tmp_path, command, reports):
+    if "vllm" in command and not importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is not installed")
     done = run(command[0], *QUICK, *command[1:], "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path)) == 3 and metrics(tmp_path)[-1][reports] is not None

@@ -20,9 +20,9 @@ def test_step(tmp_path):
 
 
 def test_bad_input_is_one_clear_sentence(tmp_path):
-    done = run("bench.py", "step", "--shape", "unknown", "--output", tmp_path / "run", timeout=60)
+    done = run("bench.py", "step", "--shape", "unknown", "--output", tmp_path / "run")
     assert done.returncode == 2 and "--shape unknown: is none of Qwen/" in done.stderr
     done = run("bench.py", "step", "--response-lengths", "9", "--oversample", "1", "--old-logprobs", "rollout",
-               "--output", tmp_path / "run", timeout=60)
+               "--output", tmp_path / "run")
     assert done.returncode == 2 and "--response-lengths and --oversample: what is gone on with" in done.stderr
-    assert "python bench.py stragglers" in run("bench.py", timeout=60).stderr
+    assert "python bench.py stragglers" in run("bench.py").stderr

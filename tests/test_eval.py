@@ -125,14 +125,16 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, engine):
     whole = run(*command, tmp_path / "whole.jsonl")
     assert whole.returncode == 0, whole.stderr
     stopped = tmp_path / "stopped.jsonl"
-    child = subprocess.Popen([sys.executable, *map(str, command), stopped], cwd=ROOT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL, env=environment())
-    while child.poll() is None and (not stopped.exists() or stopped.read_text().count("\n") < 120):
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    text = stopped.read_text()
-    assert 100 < text.count("\n") < 510  # it was in the middle
+    text = ""
+    while not 100 < text.count("\n") < 510:  # until it was caught in the middle: on a busy machine it may be over first
+        stopped.unlink(missing_ok=True)
+        child = subprocess.Popen([sys.executable, *map(str, command), stopped], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL, env=environment())
+        while child.poll() is None and (not stopped.exists() or stopped.read_text().count("\n") < 120):
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() in (0, -signal.SIGKILL)
+        text = stopped.read_text()
     stopped.write_text(text[:-20])
     resumed = run(*command, stopped, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
@@ -142,7 +144,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, engine):
     table = [[text for text in done.stdout.splitlines() if text.startswith("chain ")] for done in (whole, resumed)]
     assert table[0] == table[1] and len(table[0]) == 2
     if engine == "transformers":
-        again = run(*command, stopped, timeout=60)  # nothing is left to sample: no engine is started
+        again = run(*command, stopped)  # nothing is left to sample: no engine is started
         assert "512 of 512" in again.stdout and table[0][0] in again.stdout
 
 
@@ -153,10 +155,10 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
     assert run(*command).returncode == 0
     assert len(read_records(file)[1]) == 2
     assert len(json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "p.jsonl")]["pass@2"]) == 3
-    done = run(*command, "--temperature", "0.5", timeout=60)
+    done = run(*command, "--temperature", "0.5")
     assert done.returncode == 2 and "holds an evaluation with temperature 1.0, and this one has 0.5" in done.stderr
     (tmp_path / "p.jsonl").write_text('{"problem": "Compute 1+2 modulo 10.", "answer": "3"}\n')
-    done = run(*command, timeout=60)
+    done = run(*command)
     assert done.returncode == 2 and "has another text or answer" in done.stderr and "Traceback" not in done.stderr
     assert len(read_records(file)[1]) == 2  # nothing was lost
 
@@ -214,7 +216,7 @@ def test_benchmarks_while_training_and_a_runs_folder_as_model(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "p                           8" in done.stdout
     (tmp_path / "long.jsonl").write_text('{"problem": "Compute ' + "1+" * 50 + '1.", "answer": "51"}\n')
-    done = run("sppo.py", "--eval-benchmarks", tmp_path / "long.jsonl", timeout=60)
+    done = run("sppo.py", "--eval-benchmarks", tmp_path / "long.jsonl")
     assert done.returncode == 2 and "has a prompt of" in done.stderr
 
 
