@@ -17,10 +17,10 @@ test: install  ## linter and the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
 race: install  ## every algorithm on the built-in tasks, and the figures: somewhat over an hour on two idle cores
-	$(BIN)/python race.py --jobs 2
+	$(BIN)/python -m tools.race --jobs 2
 
 race-quick: install  ## one seed of SPPO and GRPO: some minutes
-	$(BIN)/python race.py --quick
+	$(BIN)/python -m tools.race --quick
 
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 

@@ -2,17 +2,17 @@
 
     OUTPUT/checkpoints/step-00000020/       state.json, and the shards of all tensors as .safetensors
 
-Each rank writes its own shards (torch.distributed.checkpoint) into a folder that gets its name only when all of it is on
-the disk: a kill at any instant leaves the last good one. Any number of ranks can read it. Nothing is pickled, so reading
-one runs no code. `state.json` has what is no tensor, and the size of every file: what was cut short is noticed.
+Each rank writes its own shards (torch.distributed.checkpoint) into a folder that gets its name only when all
+of it is on the disk: whenever the run is killed, the last complete checkpoint remains. Any number of ranks
+can read it. Nothing is pickled, so reading one runs no code. `state.json` has everything that is no tensor,
+and the size of every file, so that a truncated file is noticed.
 
-Below them stand the beginning of a run (`begin`: resume, open the log) and its end (`finish`: save the model).
+Below them are the beginning of a run (`begin`: resume, open the log) and its end (`finish`: save the model).
 """
 import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -35,64 +35,64 @@ FORMAT = "sppo checkpoint 1"
 MAX_FILE_BYTES = 8 << 30  # of all ranks together
 
 
-# ---- saving -------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 def state_of(run, baseline):
     """Everything that the next step depends on. (Problems and seeds of a step are drawn from its number.)"""
-    return {"algorithm": type(baseline).__name__, "policy": run.policy.state_dict(), "baseline": baseline.state_dict(),
-            "in_flight": run.in_flight.state_dict(),
-            "seconds": run.clock.total, "options": dataclasses.asdict(run.config)}
+    return {"algorithm": type(baseline).__name__, "seconds": run.clock.total,
+            "options": dataclasses.asdict(run.config), "policy": run.policy.state_dict(),
+            "baseline": baseline.state_dict(), "in_flight": run.in_flight.state_dict()}
 
 
 def existing(output):
     """The checkpoints of a run's output folder, oldest first, complete or not."""
-    return sorted(path for path in Path(output, "checkpoints").glob("step-*")
-                  if re.fullmatch(r"step-\d{8}", path.name))
+    return sorted(Path(output, "checkpoints").glob("step-" + 8 * "[0-9]"))
 
 
 def save(run, baseline, log, step):
     """All ranks. Writes a checkpoint, and deletes all but the newest `--keep`. Returns whether it was saved.
 
-    If there is no room for it, a warning says so, the earlier ones remain, and the run goes on.
+    If there is no room for it, a warning says so, the earlier ones remain, and the run continues.
     """
     folder = Path(run.config.output) / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
     tensors, values = _flatten(state_of(run, baseline))
-    # Files of some gigabytes each: a rank holds one at a time in host memory, while it is written.
+    # Files of at most some gigabytes, since a rank holds one at a time in host memory while it is written.
     file_of, size = {}, 0
     for name, tensor in sorted(tensors.items()):
         size += tensor.numel() * tensor.element_size()
         file_of[name] = 1 + (size - 1) // MAX_FILE_BYTES if size else 1
     writer = HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
-    problem = first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
-    problem = problem or first_problem(lambda: is_main() and _empty(partial))
-    problem = problem or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
-    problem = problem or first_problem(lambda: is_main() and _complete(partial, final, step, values))
+    problem = (first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
+               or first_problem(lambda: is_main() and _empty(partial))
+               or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
+               or first_problem(lambda: is_main() and _complete(partial, final, step, values)))
     if problem:
         say(f"warning: no checkpoint of step {step} in {folder} ({problem}); earlier ones are untouched")
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
         if not problem:
-            # Later steps than this one: broken checkpoints that this run passed over when it was resumed.
+            # Those of later steps are broken: this run skipped them when it was resumed.
             done = [path for path in existing(run.config.output) if path <= final]
             for old in {*existing(run.config.output)} - {*done[-run.config.keep :]}:
                 with contextlib.suppress(OSError):
-                    # Renamed first: a checkpoint is there or it is not, also when the deletion is interrupted.
+                    # Renamed first: an interrupted deletion leaves nothing that looks like a checkpoint.
                     shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))
     return not problem
 
 
 def first_problem(action):
-    """Runs `action`, and tells all ranks the first rank's trouble with the disk, if any; other errors are errors.
+    """Runs `action` on every rank. Returns, on all of them, the first rank's disk error as text, or None.
 
-    All ranks must hear of it, or those without trouble would wait for the others in the next collective.
+    All ranks must know of it, or those without an error would wait for the others in the next collective.
+    Errors of other kinds are raised.
     """
     problem = None
     try:
         action()
     except (OSError, SafetensorError) as error:
         problem = str(error)
-    except CheckpointException as error:  # has every rank's error; all ranks raise it
+    except CheckpointException as error:  # raised on all ranks, with the errors of each
         first = next(iter(error.failures.values()))[0]
         if not isinstance(first, OSError):
             raise
@@ -116,6 +116,7 @@ def _flatten(state, prefix=""):
 
 
 def _unflatten(flat):
+    """The nested dictionaries of {path: value}: the inverse of `_flatten`."""
     state = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
@@ -135,8 +136,8 @@ def _empty(partial):
 def _complete(partial, final, step, values):
     """Writes state.json, waits until everything is on the disk, and gives the folder its name."""
     files = {f.name: f.stat().st_size for f in partial.iterdir()}
-    (partial / "state.json").write_text(
-        json.dumps({"format": FORMAT, "step": step, "files": files, "values": values}))
+    state = {"format": FORMAT, "step": step, "files": files, "values": values}
+    (partial / "state.json").write_text(json.dumps(state))
     for path in (*partial.iterdir(), partial):
         _onto_disk(path)
     if final.exists():  # broken, or this run was resumed from an older one
@@ -151,56 +152,57 @@ def _onto_disk(path):
     os.close(handle)
 
 
-# ---- resuming -----------------------------------------------------------------------------------------------
+# ---- resuming ----------------------------------------------------------------------------------------------
 
 def resume(run, baseline):
-    """All ranks. Loads the newest complete checkpoint, if `--resume` asks for it and there is one. Returns the step
-    after which it was saved, or 0.
+    """All ranks. Loads the newest complete checkpoint, if `--resume` asks for it and there is one. Returns
+    the step after which it was saved, or 0.
 
-    Broken checkpoints are passed over with a warning; one that belongs to another model or algorithm is refused with
-    an InputError before anything of it is read.
+    Broken checkpoints are skipped with a warning. One that belongs to another model or algorithm is refused
+    with an InputError before any of its tensors is read.
     """
     c = run.config
-    chosen = [None]
-    if is_main() and c.resume:  # chosen once, so that all ranks take the same
-        chosen = [next((str(path) for path in reversed(existing(c.output)) if _is_complete(path)), None)]
-    dist.broadcast_object_list(chosen)
-    if chosen[0] is None:
-        if c.resume and existing(c.output):
-            raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start anew, or "
-                             "give another --output")
-        if c.resume:
-            say(f"{c.output}: no checkpoint yet, so this run starts at the beginning")
+    if not c.resume:
         return 0
-    path = Path(chosen[0])
-    if problem := first_problem(lambda: json.loads((path / "state.json").read_text())):
-        raise InputError(f"{path}: cannot be read on every rank ({problem}); all nodes must see the same --output")
+    chosen = [None]
+    if is_main():  # chosen once, so that all ranks take the same
+        chosen = [next((path for path in reversed(existing(c.output)) if _is_complete(path)), None)]
+    dist.broadcast_object_list(chosen)
+    path = chosen[0]
+    if path is None and existing(c.output):
+        raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start "
+                         "anew, or give another --output")
+    if path is None:
+        say(f"{c.output}: no checkpoint yet, so this run starts at the beginning")
+        return 0
+    if problem := first_problem(lambda: (path / "state.json").read_text()):
+        raise InputError(f"{path}: cannot be read on every rank ({problem}); give an --output all nodes see")
     meta = json.loads((path / "state.json").read_text())
-    algorithm = type(baseline).__name__
-    if meta["values"]["algorithm"] != algorithm:
-        raise InputError(f"{path}: is of a run of {meta['values']['algorithm']}, and this is {algorithm}; resume with "
-                         "the command that wrote it, or give another --output")
+    theirs, ours = meta["values"]["algorithm"], type(baseline).__name__
+    other = "resume with the command that wrote it, or give another --output"
+    if theirs != ours:
+        raise InputError(f"{path}: is of a run of {theirs}, and this is {ours}; {other}")
     if meta["step"] > c.steps:
         raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
     tensors, _ = _flatten(state_of(run, baseline))
     reader = HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
-        name for name, tensor in tensors.items() if isinstance(tensor, DTensor) and tensor.shape != saved[name].size)
+        name for name, tensor in sharded.items() if tensor.shape != saved[name].size)
     if differing:
-        raise InputError(f"{path}: belongs to another model ({differing[0]} differs); resume with the command that wrote "
-                         "it, or give another --output")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):  # small, and of whatever length: every rank reads all of it
-            tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
-    dcp.load(tensors, storage_reader=reader)  # sharded ones are filled in place
+        raise InputError(f"{path}: belongs to another model ({differing[0]} differs); {other}")
+    for name in tensors.keys() - sharded.keys():  # small, perhaps of another length: every rank reads it all
+        tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
+    dcp.load(tensors, storage_reader=reader)  # fills the sharded ones in place
     state = _unflatten({**meta["values"], **tensors})
     run.policy.load_state_dict(state["policy"])
     baseline.load_state_dict(state.get("baseline", {}))
     run.in_flight.load_state_dict(state["in_flight"])
     run.clock.total = state["seconds"]
-    options = json.loads(json.dumps(dataclasses.asdict(c)))
-    changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})" for name, was in state["options"].items()
+    options = json.loads(json.dumps(dataclasses.asdict(c)))  # as they would be read from a checkpoint
+    changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})"
+               for name, was in state["options"].items()
                if name in options.keys() - {"resume", "output"} and options[name] != was]
     say(f"Resuming after step {meta['step']}" + (f", with {', '.join(changed)}" if changed else ""))
     return meta["step"]
@@ -224,63 +226,66 @@ def _is_complete(path):
     return not problem
 
 
-# ---- the beginning and the end of a run ---------------------------------------------------------------------
+# ---- the beginning and the end of a run --------------------------------------------------------------------
 
 def lock(output):
-    """Keeps others from writing into the same output folder for as long as this process lives. Rank 0 calls it."""
+    """Keeps other runs from writing into this output folder for as long as this process
+    lives. Rank 0 calls it."""
     Path(output).mkdir(parents=True, exist_ok=True)
     if fcntl:
         held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"another run is writing into {output}; wait for its end, or give another --output") from None
+            raise OSError("another run is writing into it; wait for it, or give another --output") from None
         return held
 
 
 def begin(run, baseline):
-    """(the step after which the run resumes, or 0; its Log). Nothing is written into the output folder before this."""
+    """(the step after which the run resumes, or 0; its Log). Until then, nothing is written
+    into the output folder."""
     c, logs, run.lock = run.config, [], []
     if problem := first_problem(lambda: is_main() and run.lock.append(lock(c.output))):
         raise InputError(f"{c.output}: {problem}")
     step = resume(run, baseline)
     if problem := first_problem(lambda: logs.append(Log(c, step))):
         raise InputError(f"{c.output}: cannot be written ({problem})")
-    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; {c.dtype}; "
-        f"engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; {len(run.problems):,} problems of "
-        f"{c.dataset}, {len(run.held_out)} more held out")
+    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; "
+        f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
+        f"{len(run.problems):,} problems of {c.dataset}, {len(run.held_out)} more held out")
     return step, logs[0]
 
 
 @contextlib.contextmanager
-def kept_if_diverged(batch, step, config):
-    """Ten updates in a row that were not finite end the run. The batch of the last one is written for inspection."""
+def kept_if_diverged(run):
+    """Ends the run after ten updates in a row that were not finite, and writes the last one's
+    batch for inspection."""
     try:
         yield
     except Diverged as error:
-        path = Path(config.output) / "diverged.jsonl"
+        path, batch = Path(run.config.output) / "diverged.jsonl", run.batch
         rows = zip(batch.problems, batch.prompts, batch.responses, batch.rewards.tolist(), strict=True)
         lines = [json.dumps({"problem": problem.id, "prompt_ids": prompt, "reward": reward,
                              **dataclasses.asdict(response)}) for problem, prompt, response, reward in rows]
         first_problem(lambda: is_main() and path.write_text("\n".join(lines) + "\n"))
-        raise InputError(f"step {step}: {error}; its batch is in {path}. Continue from an earlier checkpoint with "
-                         "--resume and a lower --lr or --critic-lr") from None
+        raise InputError(f"step {run.step}: {error}; its batch is in {path}. Continue from an earlier "
+                         "checkpoint with --resume and a lower --lr or --critic-lr") from None
 
 
 def finish(run, log, lost):
-    """Saves the model where transformers and vLLM find it, says what happened, and ends the processes.
+    """Saves the model for transformers and vLLM, says what happened, and ends the processes.
 
-    lost: the run was told to stop, and could not be saved.
+    lost: the run was asked to stop, and its checkpoint could not be saved.
     """
     c, folder = run.config, f"{run.config.output}/model"
-    error = f"{c.output}: stopped after step {log.step}, with no room for a checkpoint of it" if lost else None
+    error = f"{c.output}: stopped after step {log.step}, with no room for its checkpoint" if lost else None
     if log.step == c.steps:
-        problem = first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
-        problem = problem or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder))
+        problem = (first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
+                   or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder)))
         if problem:
-            error = f"{folder}: the trained model could not be saved ({problem})" + (
-                "; make room, and run the same command with --resume, which continues from the last checkpoint"
-                if existing(c.output) else ", and there is no checkpoint: this training is lost")
+            advice = ("make room, and run the same command with --resume" if existing(c.output)
+                      else "there is no checkpoint: this training is lost")
+            error = f"{folder}: the trained model could not be saved ({problem}); {advice}"
     if not error:
         log.finish(run.tokenizer, run.clock.total)
     run.verifier.close()

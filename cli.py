@@ -1,7 +1,7 @@
-"""The plumbing of every script: its options, its processes, its clock, what it prints and writes. No algorithm here.
+"""The plumbing of every script: its options, its clock, what it prints and what it writes. No algorithm here.
 
-`option` and `CommandLine` make a dataclass into a command line. `Log` turns the metrics of a step into a line on the
-screen and an object in metrics.jsonl. This file imports nothing of ours, so that every other file may import it.
+`option` and `CommandLine` make a dataclass into a command line. `Log` turns the metrics of a step into a line
+on the screen and an object in metrics.jsonl. This file imports no other of ours: all of them may import it.
 """
 import argparse
 import contextlib
@@ -39,17 +39,18 @@ def is_main():
 
 def say(text=""):
     """Prints once, whatever the number of ranks, above the progress bar if there is one."""
-    with contextlib.suppress(OSError):  # the terminal was closed, or the disk is full: no reason to end a training run
+    with contextlib.suppress(OSError):  # a closed terminal or a full disk is no reason to end a training run
         if is_main():
             tqdm.write(str(text), file=sys.stdout)
             sys.stdout.flush()
 
 
-# ---- options ------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 def option(default, help, *, group=None, positive=False):
-    """A field of a config dataclass that is also a command-line option, with its default and its line in --help.
+    """A field of a config dataclass that is also a command-line option.
 
+    default, help: its default, and its line in --help.
     group: the heading in --help under which this option and those after it stand.
     positive: the value must be greater than 0; `CommandLine.check` refuses others.
     """
@@ -57,7 +58,10 @@ def option(default, help, *, group=None, positive=False):
 
 
 class CommandLine:
-    """Base of a config dataclass whose fields are the options. `BUILTIN` has other defaults for the built-in models."""
+    """Base of a config dataclass whose fields are the options.
+
+    `BUILTIN` has the defaults that differ where the built-in model is used.
+    """
 
     BUILTIN: typing.ClassVar[dict] = {}
 
@@ -66,22 +70,22 @@ class CommandLine:
         """The config that the command line (or a list of `arguments`) asks for."""
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS, allow_abbrev=False)
+            argument_default=argparse.SUPPRESS, allow_abbrev=False)  # SUPPRESS: returns only what was typed
         groups, heading = {}, "options"
         for field in dataclasses.fields(cls):
             heading = field.metadata["group"] or heading
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)
             groups[heading].add_argument("--" + field.name.replace("_", "-"), **cls._argument(field))
-        given = vars(parser.parse_args(arguments))
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        # A model of 360k parameters wants other settings than one of 1.5 billion. What was typed wins over both.
+        given = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in vars(parser.parse_args(arguments)).items()}
+        # The built-in model has its own defaults. What was typed has precedence over all defaults.
         builtin = Path(given.get("model", BUILTIN_MODEL)).resolve().is_relative_to(BUILTIN_MODEL)
         return cls(**{**(cls.BUILTIN if builtin else {}), **given})
 
     @classmethod
     def _argument(cls, field):
-        """What argparse wants to know of a field."""
+        """The keyword arguments of argparse's `add_argument` for a field."""
         def shown(value):
             return " ".join(map(str, value)) if isinstance(value, tuple) else value
         note = f" [{shown(field.default)}]" if field.default not in (None, (), BUILTIN_MODEL) else ""
@@ -98,7 +102,7 @@ class CommandLine:
         return dict(help=help, choices=kinds, **several)
 
     def check(self):
-        """Raises InputError for what can be seen to be wrong without loading anything. Scripts add checks of theirs."""
+        """Raises InputError for a value that no run can use. Scripts add their own checks."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata["positive"] and not value > 0:
@@ -107,23 +111,23 @@ class CommandLine:
 
 @contextlib.contextmanager
 def clear_errors():
-    """Turns an InputError into one sentence and exit code 2. Every other error is a bug and keeps its traceback."""
+    """Turns an InputError into one sentence and exit code 2. Other errors are bugs: they
+    keep their traceback."""
     try:
         yield
     except InputError as error:
         if not is_main():
             time.sleep(5)  # rank 0 most likely says the same, and then torchrun ends this process
-        print(f"error: {error}", file=sys.stderr)
-        sys.stderr.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-# ---- being told to stop ----------------------------------------------------------------------------------------------
+# ---- stopping early ----------------------------------------------------------------------------------------
 
 class Stop:
-    """SIGTERM or Ctrl-C: the running step is finished and saved. A second signal ends the process at once.
+    """After SIGTERM or Ctrl-C the running step is finished and saved; a second signal ends the process.
 
-    A second one that comes within two seconds is ignored: schedulers and torchrun often send two for one request.
+    A second one within two seconds is ignored: schedulers and torchrun often send two for one request.
     """
 
     def __init__(self):
@@ -139,26 +143,28 @@ class Stop:
         self.requested = self.requested or now
         with contextlib.suppress(OSError):
             if is_main():
-                os.write(2, b"\nStopping after this step and a checkpoint; once more, later, to stop at once.\n")
+                # Not `print`: the signal may have interrupted a print, which cannot be entered twice.
+                os.write(2, b"\nStopping after this step and a checkpoint; once more to stop at once.\n")
 
     def on_any_rank(self):
-        """Whether any rank was told to stop. All must stop together, or the others would wait for it in a collective."""
+        """Whether any rank was asked to stop. All must stop in the same step: a rank that stopped by itself
+        would leave the others waiting for it in a collective."""
         requested = torch.tensor(int(self.requested > 0))
         dist.all_reduce(requested, op=dist.ReduceOp.MAX)
         return bool(requested)
 
 
-# ---- time ---------------------------------------------------------------------------------------------------
+# ---- time --------------------------------------------------------------------------------------------------
 
 class Clock:
-    """Seconds of training, by phase. What happens between the steps (evaluation, saving) does not count."""
+    """Seconds of training, by phase. What happens between steps (evaluation, saving) is not counted."""
 
     def __init__(self, device):
         self.device, self.total, self.phases = device, 0.0, {}
 
     def now(self):
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # kernels run behind the host's back; wait, or they count for the next phase
+            torch.cuda.synchronize()  # kernels run asynchronously, or they would count for the next phase
         return time.perf_counter()
 
     def start_step(self):
@@ -179,25 +185,27 @@ class Clock:
         self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - start
 
 
-# ---- what a run prints and writes ---------------------------------------------------------------------------
+# ---- what a run prints and writes --------------------------------------------------------------------------
 
-# The columns of a step's line on the screen. An algorithm that does not report a metric has no such column.
-COLUMNS = (("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"), ("clip", "policy/clip_fraction", ".3f"),
-           ("critic", "critic/loss", ".3f"), ("auc", "critic/auc", ".2f"), ("all equal", "group/all_equal", ".2f"),
-           ("seconds", "time/step", ".1f"), ("accuracy", "eval_accuracy", ".3f"))
+# The columns of a step's line: label, metric, format. A step without a metric has no such column.
+COLUMNS = (
+    ("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"),
+    ("clip", "policy/clip_fraction", ".3f"), ("critic", "critic/loss", ".3f"),
+    ("auc", "critic/auc", ".2f"), ("all equal", "group/all_equal", ".2f"),
+    ("seconds", "time/step", ".1f"), ("accuracy", "eval_accuracy", ".3f"))
 
 
 class Log:
-    """Collects the metrics of a step, prints a line of them, and writes them to metrics.jsonl, TensorBoard and W&B.
+    """Collects a step's metrics, prints a line of them, writes them to metrics.jsonl, TensorBoard and W&B.
 
-    resumed_after: the last step of the checkpoint that the run resumes from. What an earlier process wrote about
-    later steps is removed, since these steps are trained again.
+    resumed_after: the last step of the checkpoint that the run resumes from. What an earlier process wrote
+    about later steps is removed, since these steps are trained again.
     """
 
     def __init__(self, config, resumed_after=0):
         self.config, self.step, self.metrics = config, resumed_after, {}
         self.first, self.last = None, None  # the first evaluation's metrics, the last one's Batch
-        self.warned = set()  # the warnings that are in force, so that each is printed once
+        self.warned = set()  # the warnings that hold now, so that each is printed once
         if not is_main():
             return
         folder = Path(config.output)
@@ -206,7 +214,7 @@ class Log:
             self.first = first
         for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"),
                            ("metrics.jsonl", "".join(kept))):
-            # Written under another name and then renamed: whoever looks finds all of the file or none of it.
+            # Written under another name, then renamed: a kill at any time leaves the old file or the new one.
             with (folder / f"{name}.partial").open("w") as file:
                 file.write(text)
                 file.flush()
@@ -217,9 +225,9 @@ class Log:
         with contextlib.suppress(ImportError, OSError):
             from torch.utils.tensorboard import SummaryWriter
             if not resumed_after:
-                shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # like metrics.jsonl, it begins anew
-            board = SummaryWriter(folder / "tensorboard", purge_step=resumed_after + 1 if resumed_after else None)
-            self.writers.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # starts anew, like metrics.jsonl
+            board = SummaryWriter(folder / "tensorboard", purge_step=resumed_after + 1)
+            self.writers.append(lambda step, line: [board.add_scalar(k, v, step) for k, v in line.items()])
         if config.wandb:
             import wandb
             wandb.init(project=config.wandb, dir=folder, config=dataclasses.asdict(config))
@@ -231,7 +239,7 @@ class Log:
             self.metrics.update(part)
 
     def evaluated(self, step, batch, tokenizer):
-        """Takes an evaluation's Batch. The first one also shows what the model writes before it has learned anything."""
+        """Takes an evaluation's Batch. That of step 0 also shows what the untrained model writes."""
         self.last = batch
         self.metrics["eval_accuracy"] = batch.rewards.mean().item()
         self.metrics["eval_response_tokens"] = batch.lengths.float().mean().item()
@@ -250,7 +258,7 @@ class Log:
             try:
                 self._write_lines()
             except OSError as error:
-                say(f"warning: metrics.jsonl cannot be written ({error}); its lines are kept and tried again every step")
+                say(f"warning: metrics.jsonl cannot be written ({error}); the next step tries again")
             for write in list(self.writers):
                 try:
                     write(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
@@ -258,13 +266,14 @@ class Log:
                     self.writers.remove(write)
                     say(f"warning: no more TensorBoard or W&B events ({error}); metrics.jsonl has everything")
             self._warn(line)
-            shown = [f"{label} {line[key]:{form}}" for label, key, form in COLUMNS if line.get(key) is not None]
-            say(f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(shown))
+            shown = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"]
+            shown += [f"{label} {line[m]:{form}}" for label, m, form in COLUMNS if line.get(m) is not None]
+            say("  ".join(shown))
             self.bar.update(step - self.bar.n)
         self.metrics = {}
 
     def sync(self):
-        """Everything so far is on the disk, or an OSError says why not."""
+        """Returns when everything so far is on the disk; raises OSError if it cannot be written."""
         if is_main():
             self._write_lines()
             os.fsync(self.file.fileno())
@@ -276,34 +285,37 @@ class Log:
         self.bar.close()
         c = self.config
         if self.step < c.steps:
-            say(f"Stopped after step {self.step}, as told. To continue, run the same command with --resume.")
+            say(f"Stopped after step {self.step}, as asked. To continue, run the same command with --resume.")
             return
         text = f"Trained {c.model} for {c.steps} steps in {seconds:.0f} s of training."
         if self.first and self.last:
             show_samples("After training:", self.last, tokenizer)
-            text += (f" On {len(self.last.rewards)} held-out problems, one sampled response each, accuracy went from "
-                     f"{self.first['eval_accuracy']:.3f} to {self.last.rewards.mean():.3f}, and the mean response from "
-                     f"{self.first['eval_response_tokens']:.1f} to {self.last.lengths.float().mean():.1f} tokens.")
-        text += (f" The model is in {c.output}/model, where transformers and vllm load it from, and every metric of every "
-                 f"step in {c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
+            accuracy, length = self.first["eval_accuracy"], self.first["eval_response_tokens"]
+            text += (f" On {len(self.last.rewards)} held-out problems, accuracy went from {accuracy:.3f} to "
+                     f"{self.last.rewards.mean():.3f}, and the mean response from {length:.1f} to "
+                     f"{self.last.lengths.float().mean():.1f} tokens.")
+        text += (f" The model is in {c.output}/model, for transformers and vllm to load; all metrics are in "
+                 f"{c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
         if c.model == BUILTIN_MODEL:
-            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or train a model "
-                     "of yours with --model and --dataset (python sppo.py --help; the README has the paper's runs).")
+            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or "
+                     "train your own model with --model and --dataset (see the README).")
         say("\n".join(textwrap.wrap(text, 100, break_on_hyphens=False)))
 
     def _write_lines(self):
-        """Writes what has not been written. A full disk may take a part of it; the rest is kept for the next time."""
+        """Writes what is not written yet. A full disk may take a part; the rest is kept for the next time."""
         while self.unwritten:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def _warn(self, line):
         """Prints what looks wrong, once for as long as it lasts."""
         cut_off, limit = line.get("truncated", 0), self.config.max_response_tokens
-        looks = {f"{100 * cut_off:.0f} % of the responses were cut off by --max-response-tokens {limit} and earn nothing: "
-                 "the policy never stops, or the limit is too low": cut_off > 0.9,
-                 "nearly all responses are empty: the policy has collapsed": line.get("response_tokens", 2) < 1.5,
-                 "an update was not finite and was skipped": line.get("policy/skipped") or line.get("critic/skipped")}
-        for number, (text, wrong) in enumerate(looks.items()):
+        skipped = line.get("policy/skipped") or line.get("critic/skipped")
+        empty = line.get("response_tokens", 2) < 1.5
+        checks = ((cut_off > 0.9, f"{cut_off:.0%} of the responses were cut off by --max-response-tokens "
+                                  f"{limit} and earn nothing: it is too low, or the policy never stops"),
+                  (empty, "nearly all responses are empty: the policy has collapsed"),
+                  (skipped, "an update was not finite and was skipped"))
+        for number, (wrong, text) in enumerate(checks):
             if wrong and number not in self.warned:
                 say(f"warning: {text}")
             (self.warned.add if wrong else self.warned.discard)(number)
@@ -322,8 +334,9 @@ def earlier_lines(path, last):
 def show_samples(title, batch, tokenizer, count=3):
     """Prints the first `count` prompts of a Batch with their responses and verdicts."""
     say(f"\n{title}")
-    for problem, response, reward in list(zip(batch.problems, batch.responses, batch.rewards, strict=True))[:count]:
-        text = " | ".join(tokenizer.decode(response.ids, skip_special_tokens=True).split("\n"))
+    rows = zip(batch.problems[:count], batch.responses[:count], batch.rewards[:count], strict=True)
+    for problem, response, reward in rows:
+        text = tokenizer.decode(response.ids, skip_special_tokens=True).replace("\n", " | ")
         text = text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
         verdict = "right" if reward else f"wrong: it is {problem.answer}" if response.finished else "cut off"
         say(f"  {problem.messages[-1]['content']}\n    {text}  [{verdict}]")

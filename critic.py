@@ -1,8 +1,8 @@
-"""The scalar prompt critic (arXiv 2604.08865): a model that reads the prompt alone and predicts the chance of success.
+"""The scalar prompt critic (arXiv 2604.08865): a model that predicts the reward from the prompt alone.
 
-A token-level critic must say how good every half-written proof is. This one answers a single question, "will the
-policy solve this problem?", with one number per prompt. That is a classification, trained with binary cross-entropy,
-and a model much smaller than the policy can learn it.
+A token-level critic must say how good every half-written proof is. This one answers a single question, "will
+the policy solve this problem?", with one number per prompt. That is a classification, trained with binary
+cross-entropy, and a model much smaller than the policy can learn it.
 
 Without FSDP and micro-batches, all of it is this:
 
@@ -11,18 +11,19 @@ Without FSDP and micro-batches, all of it is this:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     backbone = AutoModel.from_pretrained(MODEL, dtype=torch.float32)
     head = torch.nn.Linear(backbone.config.hidden_size, 1)
-    torch.nn.init.zeros_(head.weight)                      # V = 1/2 for every prompt, until something is known
+    torch.nn.init.zeros_(head.weight)                   # V = 1/2 for every prompt, until something is known
     torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=1e-3)
 
-    def logits(prompts):                                   # texts -> the logit of V at each prompt's last token [B]
+    def logits(prompts):                                # texts -> the logits of V, at their last tokens [B]
         ids = [tokenizer(prompt).input_ids for prompt in prompts]
         last = torch.tensor([len(i) - 1 for i in ids])
-        rows = torch.tensor([i + [0] * (int(last.max()) + 1 - len(i)) for i in ids])  # padded on the right: the
-        hidden = backbone(rows).last_hidden_state                                     # last token does not see it
+        # Padded on the right, where the last token does not see it.
+        rows = torch.tensor([i + [0] * (int(last.max()) + 1 - len(i)) for i in ids])
+        hidden = backbone(rows).last_hidden_state
         return head(hidden[torch.arange(len(ids)), last])[:, 0]
 
-    def update(prompts, rewards):                          # rewards [B], 1 or 0
+    def update(prompts, rewards):                       # rewards [B], 1 or 0
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(prompts), rewards)
         loss.backward()
         optimizer.step()
@@ -35,14 +36,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
 from data import load_tokenizer, render
-from sharded import ShardedModel, load
+from sharded import ShardedModel, load, mean_of
 
 
 class ValueModel(nn.Module):
-    """A causal backbone (hub name or folder) and one linear layer: a number for every place that is asked for."""
+    """A causal backbone (hub name or folder) and one linear layer: a number for every
+    place that is asked for."""
 
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
@@ -54,11 +57,12 @@ class ValueModel(nn.Module):
     def forward(self, ids, scored):
         """ids [b, L] right-padded; scored [n]: places in ids.flatten() -> the head's outputs there [n]."""
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, H]
-        return self.head(hidden.flatten(0, 1)[scored]).squeeze(-1).float().clone()  # a clone, as FSDP wants no views
+        return self.head(hidden.flatten(0, 1)[scored]).squeeze(-1).float().clone()  # FSDP wants no views
 
 
 class PromptCritic(ShardedModel):
-    """V(s_p) = sigmoid(logit), from any causal Hugging Face model, with its own tokenizer and chat template."""
+    """V(s_p) = sigmoid(logit), from any causal Hugging Face model, with its own
+    tokenizer and chat template."""
 
     def __init__(self, model, device, *, minibatch, trust_remote_code=False, **options):
         self.tokenizer = load_tokenizer(model, trust_remote_code)
@@ -66,25 +70,26 @@ class PromptCritic(ShardedModel):
         super().__init__(ValueModel(model, trust_remote_code), device, **options)
 
     def start_from(self, rewards):
-        """Before the first update: V = the mean reward [B], for every prompt. Our addition: from V = 1/2, a policy that
-        solves a tenth would be pushed away from nearly all that it does until the critic has learned that tenth. (With
-        --oversample, what is in flight by then keeps the 1/2 that it was started with.)"""
+        """Before the first update: V = the mean of rewards [B], for every prompt.
+
+        This is our addition to the paper. With V = 1/2, a policy that solves one problem in ten would get
+        negative advantages for nearly all that it does, until the critic has learned better. (With
+        --oversample, the responses in flight keep the 1/2 that they were started with.)
+        """
         mean = (rewards.sum().item() + 0.5) / (len(rewards) + 1)  # never 0 or 1, whose logits are infinite
-        self.module.reshard()  # or a gathered copy would be filled, and dropped
+        self.module.reshard()  # or we would fill a gathered copy, which FSDP drops
         with torch.no_grad():
             self.module.head.bias.fill_(math.log(mean / (1 - mean)))
 
     def encode(self, problems):
-        """Token ids of each problem's prompt as this critic reads it: it may have another tokenizer than the policy."""
+        """Token ids of each problem's prompt, by this critic's own tokenizer."""
         return [render(p.messages, self.tokenizer) for p in problems]
 
     def forward(self, prompts):
-        """(logits of V [b, 1],) for lists of token ids, with gradient; [0, 1] for no prompts, which still runs the
-        model, since other ranks wait for this one to gather weights with them."""
+        """(logits of V [b, 1],) for lists of token ids, with gradient. Without prompts it returns [0, 1] and
+        still runs the model, since all ranks must gather weights together."""
         rows = prompts or [[0]]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for i, prompt in enumerate(rows):
-            ids[i, : len(prompt)] = torch.tensor(prompt)
+        ids = pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)
         last = torch.tensor([i * ids.shape[1] + len(prompt) - 1 for i, prompt in enumerate(rows)])
         return (self.module(ids.to(self.device), last.to(self.device))[: len(prompts), None],)
 
@@ -97,30 +102,33 @@ class PromptCritic(ShardedModel):
         steps = []
         with self.on_device():
             for start in range(0, len(prompts), self.minibatch):
-                chunk, targets = prompts[start : start + self.minibatch], rewards[start : start + self.minibatch]
+                chunk, targets = prompts[start:][: self.minibatch], rewards[start:][: self.minibatch]
                 for rows in self.micro_batches([len(p) for p in chunk]):
                     logits = self.forward([chunk[row] for row in rows])[0][:, 0]
-                    loss = F.binary_cross_entropy_with_logits(logits, targets[rows].to(logits.device), reduction="sum")
+                    target = targets[rows].to(logits.device)
+                    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
                     self.backward(loss / len(chunk), {})
                 steps.append(self.step())
-        return {f"critic/{name}": float(np.mean([m[name] for m in steps])) for name in steps[0]}
+        return mean_of(steps, "critic/")
 
 
-# ---- does the critic know which prompts are solvable? -------------------------------------------------------
+# ---- does the critic know which prompts are solvable? ------------------------------------------------------
 
 def calibration(values, rewards):
-    """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and explained variance."""
+    """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and
+    explained variance."""
     return {"critic/bce": F.binary_cross_entropy(values, rewards).item(),
             "critic/auc": auc(values.numpy(), rewards.numpy()),
             "critic/explained_variance": explained_variance(values.numpy(), rewards.numpy())}
 
 
 def auc(scores, labels):
-    """The chance that a solved prompt is scored above an unsolved one, ties counting half. None with one class only."""
+    """The chance that a solved prompt is scored above an unsolved one; ties count half. None if
+    there is one class."""
     positive, negative = scores[labels > 0.5], np.sort(scores[labels <= 0.5])
     if not len(positive) or not len(negative):
         return None
-    below, not_above = np.searchsorted(negative, positive, "left"), np.searchsorted(negative, positive, "right")
+    below, not_above = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
     return float((below + not_above).mean() / 2 / len(negative))
 
 

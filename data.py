@@ -1,7 +1,7 @@
 """Problems: where they come from, how one becomes a prompt, and whether a model can read it.
 
-`load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, a hub dataset, or a procedural task of
-the library reasoning-gym. Whatever the source, a problem is chat messages and a gold answer.
+`load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, a dataset on the hub, or a task
+of the library reasoning-gym. Whatever the source, a problem is a list of chat messages and a gold answer.
 """
 import glob
 import hashlib
@@ -30,7 +30,12 @@ class Problem:
     answer: str  # gold answer, LaTeX or plain
 
 
-# ---- reading problems -------------------------------------------------------------------------------------------------
+def first_line(error):
+    """What an exception of a library says, shortened: a message of ours is one line."""
+    return str(error).strip().partition("\n")[0]
+
+
+# ---- reading problems --------------------------------------------------------------------------------------
 
 def load_problems(spec, size=20_000, seed=0):
     """All problems of `spec`, in their source's order, duplicates removed:
@@ -59,14 +64,13 @@ def load_problems(spec, size=20_000, seed=0):
             seen.add(key)
             problems.append(problem)
     if not problems:
-        raise InputError(f"{spec}: has no problems; give a dataset with at least one row ({EXPECTED})")
+        raise InputError(f"{spec}: has no problems; {EXPECTED}")
     return problems
 
 
 def file_rows(path):
     if not path.is_file():
-        raise InputError(f"{path}: no such file; --dataset takes a .jsonl or .parquet file, a hub dataset, `chain`, or "
-                         "`reasoning_gym:NAME`")
+        raise InputError(f"{path}: no such file; give the path of one (--help lists what --dataset takes)")
     if path.suffix == ".parquet":
         import pyarrow.parquet
         try:
@@ -75,12 +79,11 @@ def file_rows(path):
             raise InputError(f"{path}: is not a parquet file ({error})") from None
         return
     for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
-        if not line.strip():
-            continue
         try:
-            yield json.loads(line)
+            if line.strip():
+                yield json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}, line {i + 1}: is not JSON ({error}); expected one object a line") from None
+            raise InputError(f"{path}, line {i + 1}: is not JSON ({error}); give one object a line") from None
 
 
 def hub_rows(spec):
@@ -93,9 +96,8 @@ def hub_rows(spec):
     except ImportError:
         raise InputError(f"{spec}: reading hub datasets needs `pip install datasets`") from None
     except Exception as error:  # the library raises a dozen kinds; each is about this name
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{spec}: is neither a .jsonl or .parquet file, `chain`, nor a hub dataset that can be read "
-                         f"from here ({reason})") from None
+        raise InputError(f"{spec}: is neither a .jsonl or .parquet file nor a dataset on the hub in reach "
+                         f"({first_line(error)})") from None
 
 
 def reasoning_gym_rows(name, size, seed):
@@ -104,15 +106,14 @@ def reasoning_gym_rows(name, size, seed):
     except ImportError:
         raise InputError(f"reasoning_gym:{name} needs `pip install reasoning-gym`") from None
     if name not in reasoning_gym.factory.DATASETS:
-        raise InputError(f"reasoning_gym:{name}: there is no such task; see reasoning_gym.factory.DATASETS, for "
-                         "example chain_sum")
-    for row in reasoning_gym.create_dataset(name, size=size, seed=seed):
-        yield {"question": row["question"], "answer": row["answer"]}
+        raise InputError(f"reasoning_gym:{name}: there is no such task; see reasoning_gym.factory.DATASETS")
+    return reasoning_gym.create_dataset(name, size=size, seed=seed)  # rows with a `question` and an `answer`
 
 
 def is_chat(prompt):
-    return (isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt)
-            and all("role" in m for m in prompt) and prompt[-1]["role"] == "user")
+    """Whether this is a list of chat messages {"role", "content"}, the user's last."""
+    chat = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
+    return chat and all(isinstance(m.get("content"), str) for m in prompt) and prompt[-1]["role"] == "user"
 
 
 def parse_row(row, i, spec):
@@ -129,23 +130,24 @@ def parse_row(row, i, spec):
     if not prompt:
         raise InputError(f"{where}: has no problem; {EXPECTED}")
     if not is_chat(prompt):
-        raise InputError(f"{where}: its prompt is not a list of chat messages that ends with the user's; {EXPECTED}")
+        raise InputError(f"{where}: its prompt is not a list of chat messages, the user's last; {EXPECTED}")
     if not isinstance(answer, str | int | float):
         raise InputError(f"{where}: has no answer; {EXPECTED}")
-    # Half of a surrogate pair is no text, and no tokenizer takes it.
-    answer, *contents = (str(text).encode(errors="replace").decode() for text in (answer, *(m["content"] for m in prompt)))
+    # A JSON string may hold half of a surrogate pair, which no tokenizer accepts: it becomes a question mark.
+    texts = [str(answer), *(m["content"] for m in prompt)]
+    answer, *contents = (text.encode(errors="replace").decode() for text in texts)
     if "\\boxed" in answer:  # a worked solution
         answer = last_boxed(answer) or ""
     answer = answer.rpartition("####")[2].strip()  # GSM8K's
     if not answer:
-        raise InputError(f"{where}: its answer is empty; every problem needs one to be verified against")
+        raise InputError(f"{where}: its answer is empty; every problem needs one")
     messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
     if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
         messages[-1]["content"] += f" {BOXED_SUFFIX}"
     return Problem(i, tuple(messages), answer)
 
 
-# ---- the problems of a training run -------------------------------------------------------------------------
+# ---- the problems of a training run ------------------------------------------------------------------------
 
 def split(problems, held_out, seed=0):
     """(training problems, held-out problems), disjoint; at most a fifth is held out."""
@@ -155,38 +157,40 @@ def split(problems, held_out, seed=0):
 
 
 def training_problems(c, tokenizer):
-    """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is too long
-    for the policy's tokenizer or the critic's."""
-    tokenizers = [tokenizer, *([load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else [])]
-    problems = load_problems(c.dataset)
-    fitting = [p for p in problems if all(len(render(p.messages, t)) <= c.max_prompt_tokens for t in tokenizers)]
-    if len(fitting) < len(problems):
-        say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts are "
-            f"longer than --max-prompt-tokens {c.max_prompt_tokens}")
+    """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
+    too long for the policy's tokenizer or the critic's."""
+    critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
+    limit, problems = c.max_prompt_tokens, load_problems(c.dataset)
+    fitting = [p for p in problems if all(len(render(p.messages, t)) <= limit for t in [tokenizer, *critic])]
     if not fitting:
-        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {c.max_prompt_tokens}; "
-                         "raise it")
+        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
+    if len(fitting) < len(problems):
+        say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts "
+            f"are longer than --max-prompt-tokens {limit}")
     return split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
 
 
 def check_answers(problems, verifier, dataset):
-    """Refuses a dataset with gold answers that math-verify cannot read: no response could ever earn their reward."""
-    bad = sorted((problems[i] for i in verifier.unverifiable([p.answer for p in problems])), key=lambda p: p.id)
+    """Refuses a dataset with gold answers that math-verify cannot read: no response could
+    ever earn their reward."""
+    bad = [problems[i] for i in verifier.unverifiable([p.answer for p in problems])]
     if bad:
-        raise InputError(f"{dataset}, row {bad[0].id + 1}: the answer {bad[0].answer[:100]!r} cannot be parsed, so no "
-                         f"response could be verified against it ({len(bad)} such rows); correct or remove it")
+        first = min(bad, key=lambda p: p.id)
+        raise InputError(f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed "
+                         f"(as in {len(bad)} rows in all); correct or remove it")
 
 
 def shuffled_epochs(problems, first, count, seed):
-    """Problems number `first` to `first + count` of an endless series in which every problem comes once an epoch, in a
-    new order each time. It depends on its arguments alone: every rank, and a resumed run, draws the same."""
+    """Problems number `first` to `first + count` of an endless series. Every problem comes once an
+    epoch, in a new order each time. The series depends on the arguments alone: every rank and a
+    resumed run draw the same."""
     places = [divmod(i, len(problems)) for i in range(first, first + count)]  # (epoch, place in it)
     orders = {epoch: random.Random(f"{seed}/{epoch}").sample(problems, len(problems))
               for epoch in {epoch for epoch, _ in places}}
     return [orders[epoch][i] for epoch, i in places]
 
 
-# ---- from problem to prompt ---------------------------------------------------------------------------------
+# ---- from problem to prompt --------------------------------------------------------------------------------
 
 def load_tokenizer(model, trust_remote_code=False):
     """The tokenizer of a Hugging Face name or folder. Raises InputError if there is none that can be read."""
@@ -194,20 +198,22 @@ def load_tokenizer(model, trust_remote_code=False):
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{model}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def render(messages, tokenizer):
-    """Token ids of the prompt, up to where the response begins. Base models have no chat template: plain text, then."""
+    """Token ids of the prompt, up to where the response starts. Without a chat template (base
+    models): plain text."""
     if tokenizer.chat_template is None:
         return tokenizer.encode("\n\n".join(m["content"] for m in messages) + "\n\n")
     return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
 
 
-# ---- can the model be used? ---------------------------------------------------------------------------------
+# ---- can the model be used? --------------------------------------------------------------------------------
 
-def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens or --max-response-tokens"):
-    """Raises InputError for what can be seen to be wrong with a model (hub name or folder) without loading its weights.
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens, --max-response-tokens"):
+    """Checks a model (hub name or folder) without loading its weights. Raises
+    InputError if it cannot be used.
 
     tokens: the longest sequence that the model will have to read; options: the options that set this length.
     """
@@ -215,24 +221,24 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
     except Exception as error:  # transformers and its validators raise many kinds; each is about this file
-        raise InputError(f"{model}: is neither a folder with a usable config.json nor a model on the hub that can be "
-                         f"read from here ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{model}: is no folder with a usable config.json and no model on the hub within "
+                         f"reach ({first_line(error)})") from None
     if os.path.isdir(model) and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
-        raise InputError(f"{model}: has no .safetensors file; weights in other formats can run code when they are "
-                         "read, so convert them first (transformers' save_pretrained writes safetensors)")
+        raise InputError(f"{model}: has no .safetensors file, and other formats can run code when they are "
+                         "read; convert it with transformers' save_pretrained")
     tokenizer = load_tokenizer(model, trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{model}: its tokenizer has {len(tokenizer)} tokens and its weights only "
-                         f"{config.vocab_size}; the two do not belong together")
+                         f"{config.vocab_size}; give a folder in which the two belong together")
     context = getattr(config, "max_position_embeddings", None)
     if context and tokens > context:
-        raise InputError(f"{model}: reads at most {context} tokens, and is asked to read {tokens}; lower {options}")
+        raise InputError(f"{model}: reads at most {context} tokens, not {tokens}; lower {options}")
 
 
-# ---- the built-in task ----------------------------------------------------------------------------------------------
+# ---- the built-in task -------------------------------------------------------------------------------------
 
 def chain_problem(rng, min_ops=2, max_ops=6):
-    """One chain of additions and subtractions modulo 10. More operations, more chances to slip: difficulty varies."""
+    """One chain of additions and subtractions modulo 10. A longer chain is harder, so difficulty varies."""
     value = rng.randrange(10)
     text = str(value)
     for _ in range(rng.randint(min_ops, max_ops)):

@@ -1,4 +1,4 @@
-"""Engines: token ids in, token ids and log-probabilities out. vLLM in this process, or transformers without it.
+"""Engines: token ids in, token ids and log-probabilities out. With vLLM in this process, or transformers.
 
 Both have the same four methods, and the training loop never asks which one it has:
 
@@ -7,7 +7,7 @@ Both have the same four methods, and the training loop never asks which one it h
     engine.sync(weights)            takes the policy's new weights, and is awake afterwards
     engine.close()                  ends what the engine has started
 
-Each rank runs an engine of its own (or `tensor_parallel` neighbours share one) and samples its part of the prompts.
+Each rank has its own engine (or `tensor_parallel` neighbours share one) and samples its part of the prompts.
 """
 import gc
 import importlib.util
@@ -30,50 +30,59 @@ class Response:
     paused: bool = False  # stopped before its end, to be continued later
 
 
-def make_engine(kind, model, device, **options):
-    """The engine `kind`: "vllm", "transformers", or "auto" for vLLM where it is installed."""
-    installed = importlib.util.find_spec("vllm")
-    if kind == "vllm" and not installed:
+def make_engine(config, model, tokenizer, device, max_tokens):
+    """The engine that the options of a script ask for. `--engine auto` is vLLM where it is installed.
+
+    max_tokens: of a prompt and its response together.
+    """
+    c, installed = config, importlib.util.find_spec("vllm")
+    if c.engine == "vllm" and not installed:
         raise InputError("--engine vllm needs `pip install vllm`")
-    kind = ("vllm" if installed else "transformers") if kind == "auto" else kind
-    return (VLLMEngine if kind == "vllm" else TransformersEngine)(model, device, **options)
+    use_vllm = c.engine == "vllm" or c.engine == "auto" and installed
+    return (VLLMEngine if use_vllm else TransformersEngine)(
+        model, device, stop=stop_tokens(model, tokenizer), max_tokens=max_tokens, dtype=c.dtype, seed=c.seed,
+        tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
 
 
 def stop_tokens(model, tokenizer):
-    """Every token that ends a response. A chat model's generation config often names more than its tokenizer."""
+    """Every token that ends a response: a chat model's generation config often has more
+    than its tokenizer."""
     from transformers import GenerationConfig
     try:
         named = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the model has none
+    except OSError:  # the model has no generation config
         named = None
     named = named if isinstance(named, list) else [named]
-    return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
+    return sorted({*named, tokenizer.eos_token_id} - {None})
 
 
-# ---- vLLM ---------------------------------------------------------------------------------------------------
+# ---- vLLM --------------------------------------------------------------------------------------------------
 
 class VLLMEngine:
-    def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1, memory=0.5,
-                 trust_remote_code=False):
-        """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its response
-        together. memory: the share of a GPU that vLLM may use while it is awake."""
+    def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
+                 memory=0.5, trust_remote_code=False):
+        """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its
+        response together. memory: the share of a GPU's memory that vLLM may use while it is awake."""
         self.device, self.stop = device, stop
         on_gpu = device.type == "cuda"
-        # Run the engine in this process, so that weights are handed over as tensors and not copied between processes.
+        # In this process, so that it takes new weights as tensors, without copies between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if "VLLM_LOGGING_LEVEL" not in os.environ:
             os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-            logging.getLogger("vllm").setLevel(logging.ERROR)  # for what it prints before it reads the variable
+            logging.getLogger("vllm").setLevel(logging.ERROR)  # what it prints before it reads the variable
             warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
         import vllm
+        options = {}
         if not on_gpu:
             from vllm.platforms import current_platform
-            # vLLM 0.32 compiles a few lines of its own with Inductor: a minute of silence, and no gain on a CPU.
+            # vLLM 0.32 compiles a few lines of its own with Inductor: a silent minute, and no gain on a CPU.
             current_platform.simple_compile_backend = "eager"
+            # On a CPU it cannot cut the prefill of a request that has a seed ("does not use offset").
+            options = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_tokens))
         self.name = f"vLLM {vllm.__version__}"
         self.SamplingParams = vllm.SamplingParams
         self.FINAL_ONLY = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
@@ -84,13 +93,11 @@ class VLLMEngine:
             seed=seed + dist.get_rank() // tensor_parallel,  # ranks that share an engine must sample the same
             skip_tokenizer_init=True,  # token ids in, token ids out
             logprobs_mode="processed_logprobs",  # after temperature: what the ratio needs
-            use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory, enable_sleep_mode=on_gpu,
-            enforce_eager=not on_gpu,  # CUDA graphs on a GPU; on a CPU there are none
-            # vLLM 0.32 on a CPU cannot cut the prefill of a request that has a seed ("does not use offset").
-            **({} if on_gpu else dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_tokens))))
+            use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory,
+            enable_sleep_mode=on_gpu, enforce_eager=not on_gpu, **options)  # CUDA graphs exist on a GPU only
 
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None, pause_after=None,
-                 wait_for=()):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None,
+                 pause_after=None, wait_for=()):
         """Samples one response per prompt, and yields (number of the prompt, Response) as they end.
 
         prompts: lists of token ids; repeat one to sample it more often.
@@ -98,8 +105,8 @@ class VLLMEngine:
         max_tokens: of a response; one number, or one per prompt.
         seeds: one per prompt; a response then depends on its seed alone (and on rounding).
         partial: a Response per prompt, to be continued.
-        pause_after, wait_for: once so many responses have ended, those of the prompts `wait_for` among them, the
-            others are paused; they come last.
+        pause_after, wait_for: when `pause_after` responses have ended, and those to the prompts numbered in
+            `wait_for` are among them, the others are paused. Paused responses are yielded last.
         """
         engine, ended, wait_for = self.llm.llm_engine, set(), set(wait_for)
         pause_after = len(prompts) if pause_after is None else pause_after
@@ -107,36 +114,38 @@ class VLLMEngine:
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         for i, prompt in enumerate(prompts):
-            begun = partial[i].ids  # read again, as a longer prompt, and counted as a part of the response
-            engine.add_request(str(i), {"prompt_token_ids": prompt + begun}, self.SamplingParams(
-                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(begun), seed=seeds and seeds[i],
-                stop_token_ids=self.stop, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
-                output_kind=self.FINAL_ONLY))  # hand a response over when it ends, not token by token
+            started = partial[i].ids  # read again, as a longer prompt, and counted as a part of the response
+            engine.add_request(str(i), {"prompt_token_ids": prompt + started}, self.SamplingParams(
+                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(started),
+                seed=seeds and seeds[i], stop_token_ids=self.stop, ignore_eos=True, detokenize=False,
+                # Log-probabilities of the sampled tokens only; a response when it ends, not token by token.
+                logprobs=0, flat_logprobs=True, output_kind=self.FINAL_ONLY))
 
-        def response(i, ids, flat, **end):
+        def response(i, ids, flat, finished, paused=False):
             logprobs = [flat.logprobs[k] for k in flat.start_indices]
-            return Response([*partial[i].ids, *ids], [*partial[i].logprobs, *logprobs], **end)
+            return Response([*partial[i].ids, *ids], [*partial[i].logprobs, *logprobs], finished, paused)
         while engine.has_unfinished_requests() and not (len(ended) >= pause_after and ended >= wait_for):
             for request in engine.step():  # one token for every response that is being written
                 i, output = int(request.request_id), request.outputs[0]
                 ended.add(i)
-                yield i, response(i, output.token_ids, output.logprobs, finished=output.finish_reason == "stop")
-        # What is paused is read where vLLM (0.20 to 0.32) gathers it.
+                yield i, response(i, output.token_ids, output.logprobs, output.finish_reason == "stop")
+        # vLLM returns nothing for an unfinished request, so read what it has collected so far (0.20 to 0.32).
         paused = [*engine.output_processor.request_states.values()]
         engine.abort_request([state.external_req_id for state in paused])
         for state in paused:
             i, ids = int(state.external_req_id), state.detokenizer.output_token_ids
-            yield i, response(i, ids, state.logprobs_processor.logprobs, finished=False, paused=True)
+            yield i, response(i, ids, state.logprobs_processor.logprobs, False, paused=True)
 
     def sleep(self):
         if self.device.type == "cuda":
             self.llm.sleep(level=2)  # drops weights and cache: `sync` must come before the next `generate`
 
     def sync(self, weights):
-        """weights: an iterator of (Hugging Face name, full tensor), of which vLLM holds a layer's worth at a time."""
+        """weights: an iterator of (Hugging Face name, full tensor); vLLM keeps about a
+        layer of them at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
-            torch.cuda.empty_cache()  # vLLM takes memory past PyTorch's allocator, which would keep what training had
+            torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch's allocator keeps after training
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         if asleep:
@@ -153,49 +162,49 @@ class VLLMEngine:
 
 
 def _repack_output_layer(model):
-    """vLLM 0.32 on a CPU: an output layer tied to the embedding keeps reading its packed weights from a buffer that
-    `reload_weights` has freed, and samples from stale or foreign numbers. Point it at the new weights."""
+    """Works around vLLM 0.32 on a CPU: an output layer that is tied to the embedding keeps reading its packed
+    weights from a buffer that `reload_weights` has freed. This makes it use the new weights."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     for module in model.modules():
-        if hasattr(module, "cpu_linear") and module.weight.numel():  # layers packed for good have given theirs up
+        if hasattr(module, "cpu_linear") and module.weight.numel():  # other layers keep no unpacked weights
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
-# ---- transformers -------------------------------------------------------------------------------------------
+# ---- transformers ------------------------------------------------------------------------------------------
 
 class TransformersEngine:
-    """For machines without vLLM: a plain decoding loop around a Hugging Face model. Slower, and a second copy of it."""
+    """For machines without vLLM: a plain decoding loop around a second copy of the Hugging
+    Face model. Slower."""
 
     BATCH = 64  # prompts that are decoded together
 
-    def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1, memory=None,
-                 trust_remote_code=False):
+    def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
+                 memory=None, trust_remote_code=False):
         if tensor_parallel > 1:
-            raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; with transformers, each rank has a model "
-                             "of its own")
+            raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; leave it out, or install vLLM")
         import transformers
         self.name = f"transformers {transformers.__version__}"
         self.device, self.stop = device, stop
         self.random = torch.Generator().manual_seed(seed + dist.get_rank())
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True)
-        self.lm = self.lm.to(device).eval()
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
+        ).to(device).eval()
 
     @torch.no_grad()
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None, pause_after=None,
-                 wait_for=()):
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None,
+                 pause_after=None, wait_for=()):
         """As VLLMEngine's, in batches of prompts of about the same length; but no response can be paused."""
         if pause_after is not None:
-            raise InputError("--oversample needs vLLM: with transformers a batch runs to its longest response")
+            raise InputError("--oversample needs vLLM: transformers cannot pause a response; leave it out")
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for rows in (order[start : start + self.BATCH] for start in range(0, len(order), self.BATCH)):
             writing = {i: Response([], [], False) for i in rows}
-            for tokens, logprobs in self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows], top_p,
-                                                 [seeds[i] for i in rows], max_tokens):
+            for tokens, logprobs in self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows],
+                                                 top_p, [seeds[i] for i in rows], max_tokens):
                 for i, token, logprob in zip(rows, tokens, logprobs, strict=True):
-                    if i in writing:  # a row that has ended is decoded further with its batch, and not read
+                    if i in writing:  # a row that has ended is still decoded with its batch, but not read
                         writing[i].ids.append(token)
                         writing[i].logprobs.append(logprob)
                         writing[i].finished = token in self.stop
@@ -211,14 +220,14 @@ class TransformersEngine:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)  # [b, width]
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        # Random numbers of its own for each row, so that a response does not depend on its neighbours.
-        uniform = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        # Each row has its own random numbers, so that a response does not depend on its neighbours.
+        uniform = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
         uniform, temperatures = uniform.to(self.device), torch.tensor(temperatures, device=self.device)
         cache = DynamicCache()
         for step in range(steps):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                             use_cache=True, logits_to_keep=1)
+            output = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                             past_key_values=cache, logits_to_keep=1)
             tokens, logprobs = sample_tokens(output.logits[:, -1], temperatures, top_p, uniform[:, step])
             yield tokens.tolist(), logprobs.tolist()
             ids = tokens[:, None]  # keys and values of everything before it are in the cache
@@ -238,7 +247,8 @@ class TransformersEngine:
 
 
 def sample_tokens(logits, temperatures, top_p, uniform):
-    """Draws a token from each row's softmax(logits / temperature), cut to its likeliest tokens of total mass top_p.
+    """Draws a token from each row's softmax(logits / temperature), kept to its likeliest
+    tokens of total mass top_p.
 
     logits [b, V]; temperatures [b], 0 for the likeliest token; uniform [b], random numbers in [0, 1).
     Returns tokens [b] and their log-probabilities [b] in the distribution that they were drawn from.
@@ -247,10 +257,11 @@ def sample_tokens(logits, temperatures, top_p, uniform):
     logits = logits.float() / torch.where(greedy, 1.0, temperatures[:, None])
     if top_p < 1:
         probabilities, order = logits.softmax(-1).sort(descending=True)
-        excess = probabilities.cumsum(-1) - probabilities >= top_p  # the tokens before this one have the mass already
+        excess = probabilities.cumsum(-1) - probabilities >= top_p  # likelier tokens have that mass already
         logits = logits.masked_fill(excess.scatter(1, order, excess), -torch.inf)
     logprobs = logits.log_softmax(-1)
-    # Inverse transform sampling: the first token at which the cumulated probability exceeds the random number.
+    # Inverse transform sampling: the first token at which the cumulative probability
+    # exceeds the random number.
     cumulated = logprobs.double().exp().cumsum(-1)
     drawn = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
     tokens = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)

@@ -5,9 +5,9 @@
     python eval.py                                   the built-in model, on the built-in task
     python -m tools.compare a.jsonl b.jsonl          two evaluations side by side
 
-Every response is a line of the output file as soon as it is verified, and each has a random seed of its own. After an
-evaluation was stopped, run the same command again: it samples what is missing. `evaluate_policy` is the short
-evaluation that the training loop makes between its steps.
+Every response is written to the output file as soon as it is verified, and each has its own random seed. If
+an evaluation was stopped, run the same command again: it samples what is missing. `evaluate_policy` is the
+short evaluation that the training loop makes between its steps.
 """
 import hashlib
 import json
@@ -26,12 +26,12 @@ from transformers import AutoConfig
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
 from data import check_model, load_problems, load_tokenizer, render
-from engines import make_engine, stop_tokens
+from engines import make_engine
 from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
 from rollout import RolloutFile, sample_and_verify
 from sharded import compute_dtype, init_distributed
 
-# Where each benchmark is on the hub: NAME[/CONFIG][:SPLIT].
+# Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
 BENCHMARKS = {
     "aime24": "HuggingFaceH4/aime_2024", "aime25": "math-ai/aime25:test", "amc23": "math-ai/amc23:test",
     "math500": "HuggingFaceH4/MATH-500:test", "minerva": "math-ai/minervamath:test",
@@ -40,31 +40,32 @@ BENCHMARKS = {
 TEMPERATURE, TOP_P = 0.6, 0.95  # the papers'
 
 
-# ---- metrics ------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 
 def pass_at_k(n, c, k):
-    """The chance that at least one of k responses drawn from n, of which c are right, is right (arXiv 2107.03374)."""
+    """The chance that at least one of k responses drawn from n, of which c are right, is right
+    (arXiv 2107.03374)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority_at_k(answers, gold, equal=equal):
-    """1.0 if the most frequent of `answers` is right, else 0.0; tied answers share: 0.5 where one of two is right.
-    Answers that are mathematically equal count as one, however they are written. None (no answer) has no vote."""
+    """1.0 if the most frequent of `answers` is right, else 0.0. Ties share: 0.5 where one of two tied
+    answers is right. Answers that are mathematically equal count as one, however they are written. None (no
+    answer) has no vote."""
     groups = []  # [an answer, its votes]
     for answer in answers:
         if answer is not None and len(answer) <= MAX_ANSWER_CHARS:
             group = next((g for g in groups if answer == g[0] or equal(answer, g[0])), None)
-            if group:
-                group[1] += 1
-            else:
-                groups.append([answer, 1])
+            if group is None:
+                groups.append(group := [answer, 0])
+            group[1] += 1
     tied = [answer for answer, votes in groups if votes == max(v for _, v in groups)]
     return sum(float(equal(answer, gold)) for answer in tied) / max(1, len(tied))
 
 
 def bootstrap_interval(values, resamples=2000):
-    """95 % bootstrap interval, over problems, of the mean of `values`; or, for a list of arrays, of the mean of their
-    means, each benchmark resampled by itself."""
+    """95 % bootstrap interval, over problems, of the mean of `values`; or, for a list of arrays, of the mean
+    of their means, where each benchmark is resampled by itself."""
     rng = np.random.default_rng(0)
     parts = values if isinstance(values, list) else [values]
     means = [np.mean([p[rng.integers(len(p), size=len(p))].mean() for p in parts]) for _ in range(resamples)]
@@ -78,12 +79,15 @@ def per_problem(records, equal=equal):
     for _, group in groupby(records, key=lambda r: r["problem"]):
         group = list(group)
         n, right = len(group), sum(r["reward"] > 0 for r in group)
-        known = {r["answer"]: r["reward"] for r in group}  # was verified when it was sampled
-        values = {f"avg@{n}": right / n, f"maj@{n}": majority_at_k(
-            [r["answer"] for r in group], group[0]["gold"],
-            lambda a, b, known=known, gold=group[0]["gold"]: known[a] if b == gold and a in known else equal(a, b))}
+        gold, known = group[0]["gold"], {r["answer"]: r["reward"] for r in group}
+
+        def same(a, b, gold=gold, known=known):  # what was verified when it was sampled is not verified again
+            return known[a] if b == gold and a in known else equal(a, b)
+
+        values = {f"avg@{n}": right / n, f"maj@{n}": majority_at_k([r["answer"] for r in group], gold, same)}
         values |= {f"pass@{k}": pass_at_k(n, right, k) for k in range(1, n + 1)}
-        values |= {"tokens": sum(r["tokens"] for r in group) / n, "cut off": sum(not r["finished"] for r in group) / n}
+        values["tokens"] = sum(r["tokens"] for r in group) / n
+        values["cut off"] = sum(not r["finished"] for r in group) / n
         for name, value in values.items():
             metrics.setdefault(name, []).append(value)
     return {name: np.array(values) for name, values in metrics.items()}
@@ -92,7 +96,8 @@ def per_problem(records, equal=equal):
 def benchmark_metrics(name, batch, tokenizer, verifier):
     """{eval/NAME/METRIC: mean} of a training loop's Batch."""
     records, count = [], Counter()
-    for problem, response, reward in zip(batch.problems, batch.responses, batch.rewards.tolist(), strict=True):
+    rows = zip(batch.problems, batch.responses, batch.rewards.tolist(), strict=True)
+    for problem, response, reward in rows:
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         records.append(record(name, problem, count[problem.id], response, text, reward, verifier.mode))
         count[problem.id] += 1
@@ -101,7 +106,7 @@ def benchmark_metrics(name, batch, tokenizer, verifier):
     return {f"eval/{label(name)}/{key.replace(' ', '_')}": metrics[key].mean() for key in shown}
 
 
-# ---- benchmarks and responses -------------------------------------------------------------------------------
+# ---- benchmarks and responses ------------------------------------------------------------------------------
 
 def load_benchmark(name):
     """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads."""
@@ -109,40 +114,43 @@ def load_benchmark(name):
         return [p for p in load_problems("chain:21000") if p.id >= 20_000][:256]
     if name not in BENCHMARKS:
         if not set(name) & set("/.:"):
-            raise InputError(f"{name}: no such benchmark; give one of {', '.join(BENCHMARKS)}, chain, a file, or HUB/NAME")
+            raise InputError(f"{name}: no such benchmark; give one of {', '.join([*BENCHMARKS, 'chain'])}, a "
+                             "file, or HUB/NAME")
         return load_problems(name)
     try:
         return load_problems(BENCHMARKS[name])
     except InputError as error:
-        raise InputError(f"benchmark {name}: {error}; where there is no network, put its problems into a file and give "
-                         f"its path, say {name}.jsonl or {name}.parquet, in place of the name") from None
+        raise InputError(f"benchmark {name}: {error}; without a network, give the path of a file with its "
+                         f"problems, say {name}.jsonl or {name}.parquet, in place of the name") from None
 
 
 def label(name):
-    """A benchmark's name in tables and metrics: of a file, its stem."""
+    """A benchmark's name in tables and metrics: a file's name without its folder and ending."""
     return Path(name).stem if name.endswith((".jsonl", ".parquet")) else name
 
 
 def record(benchmark, problem, sample, response, text, reward, mode):
     """One response as it is kept. `text` is what it says, finished or not; what was cut off has no answer."""
-    return {"benchmark": benchmark, "problem": problem.id, "sample": sample, "reward": reward, "gold": problem.answer,
-            "answer": extract_answer(text, mode) if response.finished else None, "tokens": len(response.ids),
+    answer = extract_answer(text, mode) if response.finished else None
+    return {"benchmark": benchmark, "problem": problem.id, "sample": sample, "reward": reward,
+            "gold": problem.answer, "answer": answer, "tokens": len(response.ids),
             "finished": response.finished, "question": problem.messages[-1]["content"], "response": text}
 
 
 def fingerprint(model, trust_remote_code):
-    """Something that changes when a model's weights do, so that responses of two models never count as one's."""
+    """A text that changes when a model's weights do, so that one file never mixes the
+    responses of two models."""
     if not Path(model).is_dir():
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)._commit_hash
     digest = hashlib.sha1()
     for file in sorted(Path(model).glob("*.safetensors")):
         with file.open("rb") as weights:
-            weights.seek(file.stat().st_size // 2)  # a mebibyte of the numbers; not all of a 7B model's
+            weights.seek(file.stat().st_size // 2)  # 1 MiB from its middle: to read all of a 7B model is slow
             digest.update(weights.read(1 << 20))
     return digest.hexdigest()
 
 
-# ---- while training -----------------------------------------------------------------------------------------
+# ---- while training ----------------------------------------------------------------------------------------
 
 def load_eval_benchmarks(c, tokenizer):
     """{name: problems} of a training script's --eval-benchmarks."""
@@ -150,13 +158,14 @@ def load_eval_benchmarks(c, tokenizer):
     for name, problems in benchmarks.items():
         longest = max(len(render(p.messages, tokenizer)) for p in problems)
         if longest > c.max_prompt_tokens:
-            raise InputError(f"--eval-benchmarks {name}: has a prompt of {longest} tokens; raise --max-prompt-tokens "
-                             "to that")
+            raise InputError(f"--eval-benchmarks {name}: has a prompt of {longest} tokens; raise "
+                             "--max-prompt-tokens to that")
     return benchmarks
 
 
 def evaluate_policy(run, log, step):
-    """Accuracy on the held-out problems, one sampled response each, and the benchmarks. The clock of training stands."""
+    """Accuracy on the held-out problems, one sampled response each, and the benchmarks. Its
+    time is not counted."""
     run.sampler.random.seed(f"{run.config.seed}/{step}/evaluation")
     for name, problems in run.benchmarks.items():
         batch = run.sampler.sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
@@ -167,46 +176,42 @@ def evaluate_policy(run, log, step):
         log.write(0, 0.0)
 
 
-# ---- the script ---------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 @dataclass
 class EvalConfig(CommandLine):
-    model: str = option(BUILTIN_MODEL, "Hugging Face name or folder, or a run's --output [the built-in model]",
-                        group="what to evaluate")
+    model: str = option(BUILTIN_MODEL, "hub name, folder or run [built-in]", group="what to evaluate")
     benchmarks: tuple[str, ...] = option(
         ("aime24", "aime25", "amc23", "math500", "minerva"),
-        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what sppo.py's --dataset takes")
+        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes")
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
-    samples: int = option(16, "responses per problem: the k of avg@k, pass@k and maj@k", group="sampling",
-                          positive=True)
+    samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
     top_p: float = option(TOP_P, "sample from the likeliest tokens of this total probability", positive=True)
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
-    answer: Literal["boxed", "any"] = option("boxed", "the last \\boxed{}; any: without a box, the last number")
+    answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     seed: int = option(0, "of sampling")
-    engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed",
-                                                             group="running")
-    tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
+    engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
     vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory")
-    dtype: Literal["auto", "bfloat16", "float32"] = option(
-        "auto", "compute type; auto is bfloat16 where the processor has it, else float32")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
     reward_workers: int = option(2, "verifier processes on each rank", positive=True)
-    reward_timeout: float = option(1.0, "processor seconds after which a verification scores 0", positive=True)
+    reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
-    # The built-in model only slips at the temperature that it is trained at.
-    BUILTIN: ClassVar[dict] = dict(benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=64,
-                                   dtype="float32")
+    # The built-in model makes mistakes only at the temperature that it is trained at.
+    BUILTIN: ClassVar[dict] = dict(
+        benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=64, dtype="float32")
 
     def check(self):
         super().check()
         if self.temperature < 0 or self.top_p > 1:
-            raise InputError(f"--temperature {self.temperature} --top-p {self.top_p}: give at least 0 and at most 1")
+            raise InputError(f"--temperature {self.temperature} --top-p {self.top_p}: give at least 0 and at "
+                             "most 1")
         if self.output and not self.output.endswith(".jsonl"):
-            raise InputError(f"--output {self.output}: is a file of responses; give it a name that ends with .jsonl")
+            raise InputError(f"--output {self.output}: is a file; give it a name that ends with .jsonl")
         if self.temperature == 0 and self.samples > 1:
-            raise InputError(f"--temperature 0 --samples {self.samples}: greedy responses are all the same; give "
-                             "--samples 1")
+            raise InputError("--temperature 0: greedy responses are all the same; give --samples 1")
 
 
 def run_evaluation(c):
@@ -214,41 +219,39 @@ def run_evaluation(c):
     trained = Path(c.model) / "model"
     model = str(trained) if (trained / "config.json").is_file() else c.model
     tokenizer = load_tokenizer(model, c.trust_remote_code)
-    benchmarks = {name: load_benchmark(name) for name in c.benchmarks}
-    jobs = [(name, p, sample) for name, problems in benchmarks.items() for p in problems for sample in range(c.samples)]
-    prompts = {(name, p.id): render(p.messages, tokenizer) for name, problems in benchmarks.items() for p in problems}
+    problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name)]
+    jobs = [(name, p, sample) for name, p in problems for sample in range(c.samples)]
+    prompts = {(name, p.id): render(p.messages, tokenizer) for name, p in problems}
     max_tokens = max(map(len, prompts.values())) + c.max_response_tokens
     check_model(model, max_tokens, c.trust_remote_code, "--max-response-tokens")
 
     device = init_distributed()
     c.dtype = compute_dtype(c.dtype, device)
-    if dist.get_world_size() % c.tensor_parallel:
-        raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {dist.get_world_size()} ranks")
-    records = RolloutFile(c.output or f"runs/eval/{Path(c.model).name}.jsonl", {
-        "model": c.model, "weights": fingerprint(model, c.trust_remote_code),
-        **{name: getattr(c, name) for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed")}})
-    for name, problem, sample in jobs:
-        if (old := records.done.get((name, problem.id, sample))) and (
-                old["question"], old["gold"]) != (problem.messages[-1]["content"], problem.answer):
-            raise InputError(f"{records.path}: its problem {problem.id} of {name} has another text or "
-                             "answer now; give another --output")
+    if (ranks := dist.get_world_size()) % c.tensor_parallel:
+        raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {ranks} ranks")
+    settings = {"model": c.model, "weights": fingerprint(model, c.trust_remote_code)}
+    for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed"):
+        settings[name] = getattr(c, name)
+    records = RolloutFile(c.output or f"runs/eval/{Path(c.model).name}.jsonl", settings)
+    for name, p, sample in jobs:
+        old = records.done.get((name, p.id, sample))
+        if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):
+            raise InputError(f"{records.path}: its problem {p.id} of {name} has another text or answer now; "
+                             "give another --output")
     todo = [job for job in jobs if (job[0], job[1].id, job[2]) not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
     verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
-    golds = {problem.answer for problems in benchmarks.values() for problem in problems}
-    if is_main() and (bad := verifier.unverifiable(sorted(golds))):
+    golds = sorted({p.answer for _, p in problems})
+    if is_main() and (bad := verifier.unverifiable(golds)):
         say(f"{len(bad)} gold answers cannot be parsed, so no response to them can be right: "
-            + ", ".join(repr(sorted(golds)[i]) for i in bad[:5]))
-    engine = None
-    if todo:
-        engine = make_engine(c.engine, model, device, stop=stop_tokens(model, tokenizer), dtype=c.dtype, seed=c.seed,
-                             max_tokens=max_tokens, tensor_parallel=c.tensor_parallel, memory=c.vllm_memory,
-                             trust_remote_code=c.trust_remote_code)
+            + ", ".join(repr(golds[i]) for i in bad[:5]))
+    engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
+    if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()
     if is_main():
-        wanted = {(name, problem.id, sample) for name, problem, sample in jobs}
+        wanted = {(name, p.id, sample) for name, p, sample in jobs}
         report(c, [r for key, r in results.items() if key in wanted], verifier, records.path)
     verifier.close()
     if engine:
@@ -261,11 +264,13 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
     """This rank's part of `todo`; each response is written as soon as it is verified."""
     part = todo[dist.get_rank() // c.tensor_parallel :: dist.get_world_size() // c.tensor_parallel]
     writes = dist.get_rank() % c.tensor_parallel == 0  # ranks that share an engine hold the same responses
-    # A seed of its own for each response: it is the same whatever was sampled before it, and on any number of ranks.
-    seeds = [int.from_bytes(hashlib.sha1(f"{c.seed}/{name}/{p.id}/{k}".encode()).digest()[:5]) for name, p, k in part]
+    # Each response has its own seed, so that it depends neither on what was sampled before nor
+    # on the number of ranks.
+    names = [f"{c.seed}/{name}/{p.id}/{sample}" for name, p, sample in part]
+    seeds = [int.from_bytes(hashlib.sha1(name.encode()).digest()[:5]) for name in names]
     bar = tqdm(total=len(part), unit="response", dynamic_ncols=True, disable=not is_main(),
                mininterval=0.1 if sys.stderr.isatty() else 30)
-    waiting, rewards = deque(), [r["reward"] for r in file.done.values()]  # the score so far counts what was there
+    waiting, rewards = deque(), [r["reward"] for r in file.done.values()]  # the bar shows the score of all
 
     def write_verified(wait=False):
         while waiting and (wait or waiting[0][3].done()):
@@ -278,8 +283,9 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
             bar.set_postfix_str(f"{100 * sum(rewards) / len(rewards):.1f} % right", refresh=False)
 
     for sampled in sample_and_verify(
-            engine, verifier, tokenizer, [prompts[name, p.id] for name, p, _ in part], [p.answer for _, p, _ in part],
-            temperature=c.temperature, top_p=c.top_p, max_tokens=c.max_response_tokens, seeds=seeds):
+            engine, verifier, tokenizer, [prompts[name, p.id] for name, p, _ in part],
+            [p.answer for _, p, _ in part], temperature=c.temperature, top_p=c.top_p,
+            max_tokens=c.max_response_tokens, seeds=seeds):
         waiting.append(sampled)
         write_verified()
     write_verified(wait=True)
@@ -290,19 +296,22 @@ def report(c, records, verifier, path):
     """Prints the table, and writes it with every pass@k to a .json file beside the responses."""
     metrics = {name: per_problem([r for r in records if r["benchmark"] == name], verifier.equal)
                for name in c.benchmarks}
-    table = {name: {key: (v.mean(), *bootstrap_interval(v)) for key, v in m.items()} for name, m in metrics.items()}
+    table = {name: {key: (v.mean(), *bootstrap_interval(v)) for key, v in m.items()}
+             for name, m in metrics.items()}
     if len(metrics) > 1:
         columns = {key: [m[key] for m in metrics.values()] for key in metrics[c.benchmarks[0]]}
-        table["mean"] = {key: (np.mean([v.mean() for v in vs]), *bootstrap_interval(vs)) for key, vs in columns.items()}
+        table["mean"] = {key: (np.mean([v.mean() for v in values]), *bootstrap_interval(values))
+                         for key, values in columns.items()}
     n = c.samples
     shown = [f"avg@{n}", f"maj@{n}", f"pass@{n}"] if n > 1 else ["avg@1"]
-    say(f"\n{c.model}, {n} samples at temperature {c.temperature}, top-p {c.top_p}, at most {c.max_response_tokens} tokens: "
-        "percent, with 95 % bootstrap intervals over problems\n")
+    say(f"\n{c.model}, {n} samples at temperature {c.temperature}, top-p {c.top_p}, at most "
+        f"{c.max_response_tokens} tokens: percent, with 95 % bootstrap intervals over problems\n")
     say(f"{'benchmark':<20} problems" + "".join(f"{name:>20}" for name in shown) + "    tokens   cut off")
     for name, row in table.items():
         count = sum(len(m["tokens"]) for key, m in metrics.items() if name in (key, "mean"))
         cells = "".join("{:>7.1f} [{:>4.1f}, {:>4.1f}]".format(*(100 * x for x in row[key])) for key in shown)
-        say(f"{label(name)[:20]:<20} {count:>8}{cells}{row['tokens'][0]:>10,.0f}{100 * row['cut off'][0]:>8.1f} %")
+        cells += f"{row['tokens'][0]:>10,.0f}{100 * row['cut off'][0]:>8.1f} %"
+        say(f"{label(name)[:20]:<20} {count:>8}{cells}")
     summary = path.with_suffix(".json")
     summary.write_text(json.dumps(table, indent=1) + "\n")  # {benchmark: {metric: [mean, low, high]}}
     say(f"\nEvery response is in {path}, every pass@k with its interval in {summary}.")

@@ -1,13 +1,13 @@
 """GRPO, RLOO and ReMax: baselines made of more samples, where SPPO's is made by a critic.
 
-    python grpo.py                        GRPO  (arXiv 2402.03300): 8 samples a prompt, minus their mean, over their std
+    python grpo.py                        GRPO  (arXiv 2402.03300): 8 samples a prompt, (R - mean) / std
     python grpo.py --no-normalize         the same without the std (arXiv 2503.20783)
     python grpo.py --baseline rloo        RLOO  (arXiv 2402.14740): minus the mean of the other samples
     python grpo.py --baseline remax       ReMax (arXiv 2310.10505): minus the reward of the greedy response
 
-What differs from sppo.py, whose loop this is: nothing is learned here and there is no second model. Each prompt costs
-more samples instead. Where all samples of a prompt are right, or all wrong, every advantage is zero and the group has
-no gradient: `group/all_equal` is the share of such prompts.
+The loop is sppo.py's. What differs: the baseline is not learned, and there is no second model. Each prompt
+costs more samples instead. Where all samples of a prompt are right, or all wrong, every advantage is zero and
+the group has no gradient: `group/all_equal` is the share of such prompts.
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,10 +15,11 @@ from typing import ClassVar, Literal
 from cli import InputError, option
 from sppo import Baseline, TrainConfig, train
 
-# ---- the mathematics ----------------------------------------------------------------------------------------
+# ---- the mathematics ---------------------------------------------------------------------------------------
 
 def group_advantages(rewards, group_size, normalize=True):
-    """(R - mean) / (std + 1e-6) of each group, std with N - 1 (arXiv 2402.03300, eq. 3). rewards [B*N] -> [B*N].
+    """(R - mean) / (std + 1e-6) of each group, std with N - 1 (arXiv 2402.03300, eq. 3).
+    rewards [B*N] -> [B*N].
 
     The N = group_size samples of a prompt are adjacent. Without `normalize`, R - mean.
     """
@@ -42,7 +43,7 @@ def remax_advantages(rewards, greedy_rewards):
     return rewards - greedy_rewards
 
 
-# ---- the baselines ------------------------------------------------------------------------------------------
+# ---- the baselines -----------------------------------------------------------------------------------------
 
 class GRPO(Baseline):
     """The other samples of a prompt are its baseline."""
@@ -55,20 +56,20 @@ class GRPO(Baseline):
         return group_advantages(batch.rewards, self.samples_per_prompt, self.run.config.normalize)
 
     def update(self, batch):
-        # Nothing is learned; but a user wants to know how many samples were spent on groups without a gradient.
+        # Nothing is learned, but a user wants to know how many prompts gave no gradient.
         groups = batch.rewards.view(-1, self.samples_per_prompt)
         return {"group/all_equal": (groups == groups[:, :1]).all(1).float().mean().item()}
 
 
 class RLOO(GRPO):
-    """The same without a bias: a response is no part of its own baseline."""
+    """The same without a bias: a response is not part of its own baseline."""
 
     def advantages(self, batch):
         return rloo_advantages(batch.rewards, self.samples_per_prompt)
 
 
 class ReMax(Baseline):
-    """The greedy response is the baseline. It is generated beside the sampled one, and not trained on."""
+    """The greedy response is the baseline. It is sampled together with the other one, and not trained on."""
 
     wants_greedy = True
 
@@ -80,7 +81,7 @@ class ReMax(Baseline):
                 "greedy_reward": batch.greedy_rewards.mean().item()}
 
 
-# ---- the options --------------------------------------------------------------------------------------------
+# ---- the options -------------------------------------------------------------------------------------------
 
 @dataclass
 class GRPOConfig(TrainConfig):
@@ -89,7 +90,7 @@ class GRPOConfig(TrainConfig):
     group_size: int = option(8, "responses per prompt (grpo, rloo)")
     normalize: bool = option(True, "divide by the standard deviation of the group (grpo)")
 
-    # Fewer prompts than sppo.py, since each has a group of responses; so the demo stays one of a few minutes.
+    # Fewer prompts than sppo.py, since each has a group of responses: the demo still takes only minutes.
     BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "steps": 20, "prompts_per_step": 64, "minibatch": 16}
 
     def __post_init__(self):
@@ -98,12 +99,13 @@ class GRPOConfig(TrainConfig):
     def check(self):
         super().check()
         if self.baseline != "remax" and self.group_size < 2:
-            raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; give 2 or more")
+            raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; "
+                             "give 2 or more")
         if self.oversample:
-            raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a prompt "
-                             "and must wait for all of them; leave the option out")
+            raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a "
+                             "prompt, so it must wait for all of them; leave it out")
         if self.critic_model:
-            raise InputError(f"--critic-model {self.critic_model}: {self.baseline} has no critic; leave the option out")
+            raise InputError(f"--critic-model: {self.baseline} has no critic; leave it out")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """Nobody waits for the longest response: `--oversample`.
 
-A step trains on B responses. To wait for B that were started together means to wait for the longest, while an engine
-that could write hundreds writes a few. So keep more than B in flight, stop when B have finished, train on these, and
-carry the others on: in the next step they are continued as longer prompts, by a newer policy. Four things keep this
-honest.
+A step trains on B responses. If B are started together, the step must wait for the longest of them, while an
+engine that could write hundreds at once writes only a few. So keep more than B in flight, stop when B have
+finished, and train on these. The others are continued in the next step, as longer prompts, by a newer policy.
+Four things keep this correct.
 
-1. The ratio. Tokens of one response may come from several policies. Each keeps the log-probability that it was sampled
-   with, and the clipped loss compares with that.
-2. Length. The first to finish are the short ones. But nothing that was started is dropped: it is trained on once, some
-   steps later, and towards the end of a run nothing is started that could not be. Over a run, the responses trained
-   on are exactly those that were generated.
-3. The baseline. A reward is compared with what was expected when its response was started. While the policy improves,
-   so does what is expected; with today's expectation, all that took long would seem worse than it was, and be
-   unlearned.
-4. Age. What was started `--max-staleness` steps ago is waited for. (To drop it would bring the bias back.) The engine
-   has enough to do meanwhile: what else finishes is there for the next step.
+1. The ratio. The tokens of one response may come from several policies. Each token keeps the log-probability
+   that it was sampled with, and the clipped loss compares with that.
+2. Length. Short responses finish first. But no response that was started is dropped: it is trained on once,
+   some steps later, and near the end of a run none is started that could no longer be trained on. So a run
+   trains on exactly the responses that it generated, long and short.
+3. The baseline. A reward is compared with what was expected when its response was started. The expectation
+   rises as the policy improves: compared with today's, a long response would seem worse than it was.
+4. Age. A response that was started `--max-staleness` steps ago is waited for. (Dropping it would bring back
+   the bias against long responses.) The engine stays busy: whatever else finishes is ready for the next step.
 
-Only for algorithms with one sample per prompt; one that compares the samples of a group must wait for all of them.
+Only for algorithms with one sample per prompt: those that compare the samples of a group must wait for all of
+them.
 """
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from cli import InputError
 from rollout import Batch, Problem, Response
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity: two responses to a problem may look the same
 class Started:
     """A response that was started and not yet trained on."""
     problem: Problem
@@ -57,16 +57,16 @@ class InFlight:
             self.started += [Started(p, self.sampler.prompt(p), step, value, Response([], [], False))
                              for p, value in zip(problems, expected, strict=True)]
         unfinished = [s for s in self.started if s.reward is None]
+        finished = len(self.started) - len(unfinished)
         overdue = {i for i, s in enumerate(unfinished) if step - s.step >= c.max_staleness}
         done = self.sampler.generate(
-            [s.prompt for s in unfinished], [s.problem.answer for s in unfinished], [c.temperature] * len(unfinished),
-            partial=[s.response for s in unfinished], wait_for=overdue,
-            pause_after=max(0, count - (len(self.started) - len(unfinished))))
+            [s.prompt for s in unfinished], [s.problem.answer for s in unfinished],
+            [c.temperature] * len(unfinished), partial=[s.response for s in unfinished], wait_for=overdue,
+            pause_after=max(0, count - finished))
         for i, (response, reward) in done.items():
             unfinished[i].response, unfinished[i].reward = response, reward
         taken = [s for s in self.started if s.reward is not None][:count]
-        gone = {id(s) for s in taken}
-        self.started = [s for s in self.started if id(s) not in gone]
+        self.started = [s for s in self.started if s not in taken]
         batch = Batch([s.problem for s in taken], [s.prompt for s in taken], [s.response for s in taken],
                       torch.tensor([s.reward for s in taken]))
         if all(s.expected is not None for s in taken):
@@ -79,25 +79,26 @@ class InFlight:
         """Flat tensors: token ids and log-probabilities of all, and a row of numbers for each."""
         rows = [(s.problem.id, s.step, math.nan if s.expected is None else s.expected, len(s.response.ids),
                  s.response.finished, math.nan if s.reward is None else s.reward) for s in self.started]
+        ids = [token for s in self.started for token in s.response.ids]
+        logprobs = [logprob for s in self.started for logprob in s.response.logprobs]
         return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, 6),
-                "ids": torch.tensor([token for s in self.started for token in s.response.ids], dtype=torch.int32),
-                "logprobs": torch.tensor([lp for s in self.started for lp in s.response.logprobs],
-                                         dtype=torch.float64)}
+                "ids": torch.tensor(ids, dtype=torch.int32),
+                "logprobs": torch.tensor(logprobs, dtype=torch.float64)}
 
     def load_state_dict(self, state):
-        """Takes over what `state_dict` gave. Raises InputError if the run's dataset or limit has changed too much."""
-        if missing := [int(row[0]) for row in state["rows"] if int(row[0]) not in self.problems]:
-            raise InputError(f"the checkpoint has a response in flight to problem {missing[0]}, which the dataset lacks; "
-                             "continue with the dataset that the run began with")
+        """Restores what `state_dict` returned. Raises InputError if a response no longer fits the options."""
         limit, self.started = self.config.max_response_tokens, []
-        lengths = [int(row[3]) for row in state["rows"]]
-        for row, ids, logprobs in zip(state["rows"].tolist(), state["ids"].split(lengths),
-                                      state["logprobs"].split(lengths), strict=True):
+        rows, lengths = state["rows"].tolist(), state["rows"][:, 3].int().tolist()
+        parts = state["ids"].split(lengths), state["logprobs"].split(lengths)
+        for row, ids, logprobs in zip(rows, *parts, strict=True):
             number, step, expected, length, finished, reward = row
             expected, reward = (None if math.isnan(x) else x for x in (expected, reward))
+            if number not in self.problems:
+                raise InputError(f"the checkpoint has a response in flight to problem {number:.0f}, which "
+                                 "the dataset lacks; continue with the dataset that the run started with")
             if reward is None and length >= limit:
-                raise InputError(f"--max-response-tokens {limit}: the checkpoint has a response in flight that has "
-                                 f"{int(length)} tokens already; continue with the limit that the run began with")
+                raise InputError(f"--max-response-tokens {limit}: the checkpoint has a response in flight "
+                                 f"that has {length:.0f} tokens already; raise it to the earlier limit")
             problem = self.problems[int(number)]
             self.started.append(Started(problem, self.sampler.prompt(problem), int(step), expected,
                                         Response(ids.tolist(), logprobs.tolist(), bool(finished)), reward))

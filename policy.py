@@ -1,9 +1,9 @@
 """The policy: a causal language model that is trained, and the log-probabilities of its responses.
 
-The loss needs log pi(y_t | s, y_<t) of every token of every response, with gradient. A row of logits has 152,000
-numbers and a response 8,192 rows: 5 GB in float32 for a single response, and several times that in the backward.
-`ChunkedLogProbs` therefore computes the logits in chunks, keeps only the chosen token's log-probability, and computes
-the chunks again in the backward.
+The loss needs log pi(y_t | s, y_<t) of every token of every response, with gradient. The logits of one token
+are 152,000 numbers, and a response may have 8,192 tokens: 5 GB in float32 for a single response, and several
+times that in the backward. So `ChunkedLogProbs` computes the logits in chunks, keeps only the log-probability
+of the token that was sampled, and computes the chunks again in the backward.
 """
 import functools
 import os
@@ -12,16 +12,18 @@ import shutil
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from cli import InputError
-from sharded import ShardedModel, gathered, load, pad, unflatten
+from sharded import ShardedModel, load, pad, unflatten
 
-OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # Gemma, Cohere, ...
+# What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
+OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
 
 
-# ---- log-probabilities --------------------------------------------------------------------------------------
+# ---- log-probabilities -------------------------------------------------------------------------------------
 
 @functools.cache
 def compiled(function):
@@ -32,13 +34,14 @@ def compiled(function):
 class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], and its entropy, without the [N, V] logits.
 
-    hidden [N, H], weight [V, H], targets [N] -> logprobs [N], entropy [N] (a metric: no gradient flows through it).
-    With `compile`, the passes over a chunk of logits become one fused kernel.
+    hidden [N, H], weight [V, H], targets [N] -> logprobs [N], entropy [N] (a metric: no gradient flows
+    through it). With `compile`, the passes over a chunk of logits become one fused kernel.
     """
 
     @staticmethod
     def scaled(logits, temperature):
-        # In float32: a softmax over 152,000 bfloat16 numbers has no precision. (Not in place: Inductor 2.13 fails on it.)
+        # In float32: a softmax over 152,000 bfloat16 numbers is too inaccurate. (Not in place:
+        # Inductor 2.13 fails on it.)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits / temperature
 
@@ -52,14 +55,15 @@ class ChunkedLogProbs(torch.autograd.Function):
     def weighted_softmax(logits, factors, temperature):
         """[n, V], [n] -> each row's probabilities times its factor [n, V], rounded to the logits' type."""
         probabilities = ChunkedLogProbs.scaled(logits, temperature).softmax(-1)
-        return torch.mul(probabilities, factors[:, None], out=torch.empty_like(probabilities, dtype=logits.dtype))
+        rounded = torch.empty_like(probabilities, dtype=logits.dtype)
+        return torch.mul(probabilities, factors[:, None], out=rounded)
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, compile=False):
         ctx.temperature, ctx.rows = temperature, max(1, CHUNK_ELEMENTS // weight.shape[0])
         ctx.compiled = compiled if compile else lambda function: function
         chosen = ctx.compiled(ChunkedLogProbs.chosen)
-        parts = [chosen(h @ weight.T, target.clone(), temperature)  # a clone, since views would be compiled anew
+        parts = [chosen(h @ weight.T, target.clone(), temperature)  # a clone, since views are compiled anew
                  for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)]
         logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, logprobs)
@@ -70,7 +74,8 @@ class ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         """d logprob[target] / d logits = (onehot(target) - softmax) / temperature, chunk by chunk."""
         hidden, weight, targets, logprobs = ctx.saved_tensors
-        grad_hidden, grad_weight, grad = torch.empty_like(hidden), torch.zeros_like(weight), grad / ctx.temperature
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad = grad / ctx.temperature
         of_target = (grad * (1 - logprobs.exp())).to(hidden.dtype)  # the one entry where onehot is 1
         weighted_softmax = ctx.compiled(ChunkedLogProbs.weighted_softmax)
         for i in range(0, len(hidden), ctx.rows):
@@ -83,23 +88,23 @@ class ChunkedLogProbs(torch.autograd.Function):
 
 
 class LogProbModel(nn.Module):
-    """A causal LM that answers with the log-probabilities of given tokens. The output layer is applied in here, inside
-    the forward that FSDP knows of, so that its weight is gathered when it is needed."""
+    """A causal LM whose forward returns the log-probabilities of given tokens. It applies the output layer
+    itself, since FSDP gathers that layer's weight only for this forward."""
 
     def __init__(self, lm, compile=False):
         super().__init__()
         self.lm, self.compile = lm, compile
 
     def forward(self, ids, scored, temperature):
-        """ids [b, L] right-padded; scored [n]: places in ids.flatten(), whose next token is predicted
-        -> logprobs [n], entropy [n]. No attention mask: with padding on the right, no token of a response sees it."""
+        """ids [b, L] right-padded; scored [n]: positions in ids.flatten() whose next token is scored
+        -> logprobs [n], entropy [n]. No attention mask: a response's tokens see no padding on their right."""
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, H]
         weight = self.lm.get_output_embeddings().weight
-        return ChunkedLogProbs.apply(hidden.flatten(0, 1)[scored], weight, ids.flatten()[scored + 1], temperature,
-                                     self.compile)
+        hidden, targets = hidden.flatten(0, 1)[scored], ids.flatten()[scored + 1]
+        return ChunkedLogProbs.apply(hidden, weight, targets, temperature, self.compile)
 
 
-# ---- the policy ---------------------------------------------------------------------------------------------
+# ---- the policy --------------------------------------------------------------------------------------------
 
 class Policy(ShardedModel):
     """The causal LM `model` (hub name or folder), sampled at `temperature`.
@@ -110,15 +115,14 @@ class Policy(ShardedModel):
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, compile=False, **options):
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise InputError("--compile: needs a C++ compiler (g++ or clang++), and there is none; install one or leave "
-                             "the option out")
+            raise InputError("--compile: needs a C++ compiler; install g++ or clang++, or leave it out")
         lm = load(AutoModelForCausalLM, model, trust_remote_code)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
-            raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which policy.py's "
-                             "chunked log-probabilities do not compute; use a model without (Qwen, Llama, Mistral)")
+            raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which are not "
+                             "computed here; choose a model without (Qwen, Llama, Mistral)")
         if lm.generation_config is not None:
-            lm.generation_config.do_sample = True  # with a temperature and without this, it could not be saved
+            lm.generation_config.do_sample = True  # transformers saves no temperature without this
         saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
         dist.broadcast_object_list(saved)
         self.save_dtype, self.temperature = saved[0], temperature
@@ -135,12 +139,17 @@ class Policy(ShardedModel):
 
     def logprobs(self, sequences):
         """Log-probabilities [B, T] of all responses, without gradient, on the CPU, the same on every rank."""
-        return self.infer(sequences, [len(p) + len(r) for p, r in sequences], max(len(r) for _, r in sequences))
+        width = max(len(response) for _, response in sequences)
+        return self.infer(sequences, [len(p) + len(r) for p, r in sequences], width)
 
     def weights(self, dtype=None):
-        """Iterator of (Hugging Face name, full tensor) of every parameter, gathered one at a time."""
+        """Yields (Hugging Face name, full tensor) of all parameters, one by one: together they might not fit."""
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        return gathered(self.module.lm.named_parameters(), self.device, dtype or self.dtype)
+        for name, p in self.module.lm.named_parameters():
+            # The shard goes to the device first, where gathering is fast, and in `dtype`: fewer bytes travel.
+            local = p.detach().to_local().to(self.device, dtype or self.dtype)
+            shard = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            yield name, shard.full_tensor()
 
     def save(self, folder):
         """Writes a Hugging Face folder that transformers and vLLM load. All ranks must call it."""

@@ -3,36 +3,37 @@
     python ppo.py                          clipped squared error, as in PPO (arXiv 1707.06347)
     python ppo.py --value-loss bce         the papers' ablation: the same critic trained with cross-entropy
 
-What differs from sppo.py, whose loop this is: a response is not one action but T of them. So the critic must say at
-every token how likely the response is to end well, GAE (arXiv 1506.02438) turns these values into an advantage per
-token, and the advantages are whitened. The critic reads prompt and response: it must share the policy's tokenizer,
-and it costs as much to train as a policy of its size, where SPPO's reads the prompt alone.
+The loop is sppo.py's. What differs: a response is not one action but T of them. So the critic predicts
+at every token how likely the response is to be right, GAE (arXiv 1506.02438) turns these values into
+an advantage per token, and the advantages are whitened. The critic reads prompt and response. So it
+must share the policy's tokenizer, and it costs as much to train as a policy of its size. SPPO's critic
+reads the prompt alone.
 
-The "tail effect" (arXiv 2604.08865): near a response's end the critic can see whether it went well, and V(s_t) comes
-to R, which leaves no advantage where the answer is written; near its start it can not. `critic/auc_tenth_1` to `_10`
-show how well V(s_t) tells right responses from wrong ones, by tenths of their length.
+The "tail effect" (arXiv 2604.08865): near a response's end the critic can see whether it is right.
+There V(s_t) approaches R, which leaves no advantage for the tokens of the answer. Near the start it
+cannot see it. `critic/auc_tenth_1` to `_10` show how well V(s_t) tells right responses from wrong ones,
+by tenths of their length.
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from cli import InputError, option
 from critic import ValueModel, auc, explained_variance
 from data import check_model, load_tokenizer
-from sharded import ShardedModel, pad, rows_like, unflatten
+from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
 
-# ---- the mathematics ----------------------------------------------------------------------------------------
+# ---- the mathematics ---------------------------------------------------------------------------------------
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16), and the returns that values are fitted to.
 
     rewards, values, mask [B, T] -> advantages, returns [B, T], both 0 where mask is; not whitened.
         delta_t = r_t + gamma V(s_t+1) - V(s_t)       A_t = delta_t + gamma lam A_t+1       returns = A + V
-    A masked position is stepped over: what follows a token is the next unmasked one. V is 0 after the last.
+    A masked position is skipped: what follows a token is the next unmasked one. V is 0 after the last.
     """
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # [B]
@@ -46,18 +47,18 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 
 def whiten(x, mask):
-    """x [B, T] minus its mean over the mask, divided by its standard deviation there; 0 outside. In float64, or equal
-    numbers would become rounding divided by rounding."""
+    """x [B, T] minus its mean over the mask, divided by its standard deviation there; 0 outside. In float64,
+    or equal numbers would become rounding divided by rounding."""
     x = x.double()
     inside = x[mask.bool()]
     return (x - inside.mean()) / (inside.std() + 1e-8) * mask
 
 
 def value_loss(outputs, old_values, returns, mask, num_tokens, kind, clip):
-    """Sum over the mask / num_tokens of each token's loss; all [B, T]. `outputs` are the head's: V for "mse", its
-    logit for "bce". The squared error is the larger of V's and of V's clipped to old_values +- clip (arXiv 1707.06347
-    does the same with the ratio)."""
-    if kind == "bce":  # returns are mixtures of R and V, both in [0, 1]: but for rounding, so are they
+    """Sum over the mask / num_tokens of each token's loss; all [B, T]. `outputs` are the head's: V for "mse",
+    its logit for "bce". The squared error is the larger of V's and of V's clipped to old_values +- clip
+    (arXiv 1707.06347 does the same with the ratio)."""
+    if kind == "bce":  # returns are mixtures of R and V, both in [0, 1]; the clamp is for rounding
         losses = F.binary_cross_entropy_with_logits(outputs, returns.clamp(0, 1), reduction="none")
     else:
         clipped = old_values + (outputs - old_values).clamp(-clip, clip)
@@ -65,7 +66,7 @@ def value_loss(outputs, old_values, returns, mask, num_tokens, kind, clip):
     return (losses * mask).sum() / num_tokens
 
 
-# ---- the critic and the baseline ----------------------------------------------------------------------------
+# ---- the critic and the baseline ---------------------------------------------------------------------------
 
 class TokenCritic(ShardedModel):
     """V(s_t) for every state of a response: the prompt, and the prompt with the first t tokens."""
@@ -75,31 +76,32 @@ class TokenCritic(ShardedModel):
         super().__init__(ValueModel(model, trust_remote_code), device, **options)
 
     def forward(self, sequences):
-        """(the head's outputs [b, T],) at the states of (prompt ids, response ids) pairs, with gradient; 0 past the
-        end of a response."""
+        """(the head's outputs [b, T],) at the states of (prompt ids, response ids) pairs, with gradient; 0
+        past the end of a response."""
         ids, scored, mask = pad(sequences, self.device)
         return (unflatten(self.module(ids, scored), mask),)
 
     def values(self, sequences):
         """V(s_t) [B, T] without gradient, on the CPU, the same on every rank."""
-        outputs = self.infer(sequences, [len(p) + len(r) for p, r in sequences], max(len(r) for _, r in sequences))
+        width = max(len(response) for _, response in sequences)
+        outputs = self.infer(sequences, [len(p) + len(r) for p, r in sequences], width)
         return outputs.sigmoid() if self.kind == "bce" else outputs
 
     def update(self, batch, old_values, returns):
         """One epoch over the batch in mini-batches. old_values, returns [B, T]. Returns metrics."""
-        steps, count = [], len(batch.responses)
+        steps, lengths = [], [len(p) + len(r) for p, r in batch.sequences]
         with self.on_device():
-            for start in range(0, count, self.minibatch):
-                chunk = range(start, min(start + self.minibatch, count))
+            for start in range(0, len(lengths), self.minibatch):
+                chunk = range(len(lengths))[start:][: self.minibatch]
                 num_tokens = batch.mask[chunk.start : chunk.stop].sum()  # of the mini-batch, over all ranks
-                for rows in self.micro_batches([len(p) + len(r) for p, r in (batch.sequences[i] for i in chunk)]):
+                for rows in self.micro_batches([lengths[i] for i in chunk]):
                     rows = [chunk[row] for row in rows]
                     outputs, = self.forward([batch.sequences[i] for i in rows])  # [b, t]
-                    old, target, mask = (rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask))
-                    outputs = outputs[: len(rows)]  # a rank without rows has one made up, without tokens
-                    self.backward(value_loss(outputs, old, target, mask, num_tokens, self.kind, self.clip), {})
+                    parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
+                    outputs = outputs[: len(rows)]  # a rank without rows has a made-up one, without tokens
+                    self.backward(value_loss(outputs, *parts, num_tokens, self.kind, self.clip), {})
                 steps.append(self.step())
-        return {f"critic/{name}": float(np.mean([m[name] for m in steps])) for name in steps[0]}
+        return mean_of(steps, "critic/")
 
 
 class PPO(Baseline):
@@ -129,20 +131,20 @@ class PPO(Baseline):
 
 
 def tail_effect(values, lengths, rewards):
-    """AUC of V(s_t) [B, T] between right and wrong responses at the middle of each tenth of their lengths [B]."""
-    rows = torch.arange(len(lengths))
-    return {f"critic/auc_tenth_{k + 1}": auc(values[rows, ((k + 0.5) / 10 * lengths).long()].numpy(), rewards.numpy())
-            for k in range(10)}
+    """AUC of V(s_t) [B, T] between right and wrong responses at the middle of each tenth
+    of their lengths [B]."""
+    rows, middles = torch.arange(len(lengths)), [((k + 0.5) / 10 * lengths).long() for k in range(10)]
+    return {f"critic/auc_tenth_{k}": auc(values[rows, places].numpy(), rewards.numpy())
+            for k, places in enumerate(middles, 1)}
 
 
-# ---- the options --------------------------------------------------------------------------------------------
+# ---- the options -------------------------------------------------------------------------------------------
 
 @dataclass
 class PPOConfig(TrainConfig):
-    output: str | None = option(None, "folder for metrics.jsonl and the trained model [runs/ppo or runs/ppo-bce]")
-    value_loss: Literal["mse", "bce"] = option("mse", "the critic's: clipped squared error, or binary cross-entropy",
-                                               group="algorithm")
-    value_clip: float = option(0.2, "with mse: a value may leave the one it had when sampled by this much")
+    output: str | None = option(None, "folder for metrics and the trained model [runs/ppo or runs/ppo-bce]")
+    value_loss: Literal["mse", "bce"] = option("mse", "squared error or cross-entropy", group="algorithm")
+    value_clip: float = option(0.2, "with mse: values are clipped to this distance from those when sampled")
     gamma: float = option(1.0, "discount per token")
     lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
 
@@ -154,8 +156,8 @@ class PPOConfig(TrainConfig):
     def check(self):
         super().check()
         if self.oversample:
-            raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, so it "
-                             "cannot say what was expected when they were started; leave the option out")
+            raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, "
+                             "so it expects nothing when they start; leave it out")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
@@ -164,10 +166,9 @@ class PPOConfig(TrainConfig):
             check_model(self.critic_model, tokens, self.trust_remote_code)
             policy, critic = (load_tokenizer(model, self.trust_remote_code).get_vocab()
                               for model in (self.model, self.critic_model))
-            if policy != critic:
-                raise InputError(f"--critic-model {self.critic_model}: reads other tokens than {self.model}, and a "
-                                 "critic with a value per token must read the policy's own; choose one of the same "
-                                 "family")
+            if policy != critic:  # a value per token needs the policy's own tokens
+                raise InputError(f"--critic-model {self.critic_model}: reads other tokens than {self.model}; "
+                                 "choose a model of the same family")
 
 
 if __name__ == "__main__":

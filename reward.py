@@ -1,8 +1,8 @@
-"""Verification: is a response's final answer mathematically equal to the gold answer? 1 or 0, nothing between.
+"""Verification: is a response's final answer mathematically equal to the gold answer? 1 or 0.
 
-The last `\\boxed{}` after any `</think>` is the answer, and math-verify (sympy underneath) compares it with the gold
-one. A policy will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns, not even to math-verify's
-own alarm. So `Verifier` runs every comparison in a process that can be killed.
+The last `\\boxed{}` after any `</think>` is the answer, and math-verify (sympy underneath) compares it with
+the gold one. A policy will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns, not
+even to math-verify's own alarm. So `Verifier` runs every comparison in a process that can be killed.
 
 This file needs nothing of the others: copy it, or paste all of it into a script of yours.
 
@@ -23,7 +23,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # address space of a worker: an answer must not eat the machine
-PATIENCE = 10 if hasattr(signal, "setitimer") else 1  # Windows cannot tell how long a process has computed
+HAS_TIMER = hasattr(signal, "setitimer")  # Windows cannot measure how long a process has computed
+PATIENCE = 10 if HAS_TIMER else 1  # wall-clock limit: this many times the limit of processor time
 WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
 START = ("import importlib, sys; sys.path.insert(0, sys.argv[1]); "
          "importlib.import_module(sys.argv[2])._work(float(sys.argv[3]))")
@@ -34,10 +35,10 @@ _SEPARATOR = re.compile(r"(?:\s|[$,;.&{}]|\\[()\[\],;!]|\\text|\\quad|\\(?:lor|v
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-# ---- which part of a response is its answer -------------------------------------------------------------------------
+# ---- which part of a response is its answer ----------------------------------------------------------------
 
 def _boxes(text):
-    """(start, end, content) of every outermost complete `\\boxed{...}`, in one pass: a stack, never a rescan."""
+    """(start, end, content) of every outermost complete `\\boxed{...}`, in one pass with a stack."""
     stack, boxes = [], []
     for token in _BRACES.finditer(text):
         if token[0].startswith("\\boxed"):
@@ -54,19 +55,16 @@ def _boxes(text):
 
 
 def last_boxed(text):
-    """The content of the last `\\boxed{}` in `text`, or None. Boxes joined by commas or "or" are one answer, a list:
-    whoever writes `\\boxed{26} or \\boxed{27}` has not answered 27."""
-    boxes = _boxes(text)
-    if not boxes:
-        return None
-    contents, begin = [boxes[-1][2]], boxes[-1][0]
-    for start, end, content in reversed(boxes[:-1]):
-        if not _SEPARATOR.fullmatch(text, end, begin):
+    """The content of the last `\\boxed{}` in `text`, or None. Boxes joined by commas or "or" are one answer,
+    a list: `\\boxed{26} or \\boxed{27}` does not answer 27."""
+    contents, next_start = [], None
+    for start, end, content in reversed(_boxes(text)):
+        if contents and not _SEPARATOR.fullmatch(text, end, next_start):
             break
         if content not in contents:
             contents.insert(0, content)
-        begin = start
-    return ", ".join(contents)
+        next_start = start
+    return ", ".join(contents) if contents else None
 
 
 def extract_answer(response, mode="boxed"):
@@ -74,15 +72,14 @@ def extract_answer(response, mode="boxed"):
     conclusion = response.rpartition("</think>")[2]
     answer = last_boxed(conclusion)
     if answer is None and mode == "any":
-        numbers = _NUMBER.findall(conclusion)
-        answer = numbers[-1] if numbers else None
+        return next(reversed(_NUMBER.findall(conclusion)), None)
     return answer
 
 
-# ---- is it equal to the gold answer? --------------------------------------------------------------------------------
+# ---- is it equal to the gold answer? -----------------------------------------------------------------------
 
 def _parse(answer):
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse  # 1 s of imports: only workers pay it
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse  # takes 1 s: only in workers
     # math-verify reads `a \lor b` as b alone: a list of candidates must stay a list.
     answer = re.sub(r"\\(?:lor|vee)\b", r"\\text{ or }", answer)
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
@@ -90,20 +87,20 @@ def _parse(answer):
 
 
 def equal(answer, gold):
-    """Mathematical equality of two answers, without any deadline: call it in a process that may be killed."""
+    """Mathematical equality of two answers. It may never return: call it in a process that may be killed."""
     from math_verify import verify as math_verify
     return math_verify(_parse(gold), _parse(answer), timeout_seconds=None)
 
 
 def verifiable(gold):
-    """Whether a gold answer means anything to math-verify. What only equals itself letter by letter does not."""
-    equal("0", gold)  # some parse, but cannot be compared with anything within the deadline
+    """Whether math-verify understands a gold answer, and does not only compare it letter by letter."""
+    equal("0", gold)  # some can be parsed, but no comparison with them ends before the deadline
     return any(not isinstance(part, str) for part in _parse(gold))
 
 
 def verify(response, answer, mode="boxed"):
-    """1.0 if the response's final answer equals `answer`, else 0.0. In this process and without a deadline: for
-    trusted text. `Verifier` is for the output of a policy."""
+    """1.0 if the response's final answer equals `answer`, else 0.0. In this process and without a deadline:
+    for trusted text. `Verifier` is for the output of a policy."""
     candidate = extract_answer(response, mode)
     if not candidate or len(candidate) > MAX_ANSWER_CHARS:
         return 0.0
@@ -111,30 +108,33 @@ def verify(response, answer, mode="boxed"):
 
 
 class Verifier:
-    """Verifies in `workers` processes; a comparison that takes more than `timeout` seconds of processor time scores 0.
+    """Verifies in `workers` processes; a comparison that takes more than `timeout` seconds of
+    processor time scores 0.
 
-    The processes are fresh Python interpreters that import this file, so they inherit neither CUDA nor threads.
-    `timeouts` and `crashes` count the responses that were given up. mode: as in `extract_answer`.
+    The processes are fresh Python interpreters that import this file, so they inherit neither CUDA nor
+    threads. `timeouts` and `crashes` count the responses that it gave up on. mode: as in `extract_answer`.
     """
 
     def __init__(self, workers=2, timeout=1.0, mode="boxed"):
-        if WORKER in os.environ:  # or each worker would start workers, for ever
-            raise RuntimeError("a Verifier's worker imports the file that defines Verifier, which made a Verifier at "
-                               "once; put what that file runs under `if __name__ == '__main__':`")
+        if WORKER in os.environ:  # or each worker would start workers without end
+            raise RuntimeError("a worker of Verifier imported a script that makes a Verifier at once; put "
+                               "what that script runs under `if __name__ == '__main__':`")
         self.timeout, self.mode, self.timeouts, self.crashes = timeout, mode, 0, 0
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each only waits for a process
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each waits for a process
         self._idle = queue.SimpleQueue()
         for _ in range(workers):
             self._idle.put(self._start())
 
     def _start(self):
         folder, name = os.path.split(os.path.abspath(__file__))
-        return subprocess.Popen(
+        return subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches only the trainer
             [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout)], text=True,
-            env={**os.environ, WORKER: "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, WORKER: "1"})
 
     def submit(self, response, answer) -> Future:
-        """Starts verifying; `.result()` of what it returns is the reward. Lets verification overlap generation."""
+        """Starts verifying, and returns at once: `.result()` of the Future is the
+        reward, and waits for it."""
         candidate = extract_answer(response, self.mode)
         if not candidate or len(candidate) > MAX_ANSWER_CHARS:
             nothing = Future()
@@ -144,15 +144,18 @@ class Verifier:
 
     def score(self, responses, answers) -> list[float]:
         """The reward of each response, in order."""
-        return [future.result() for future in [self.submit(*pair) for pair in zip(responses, answers, strict=True)]]
+        futures = [self.submit(*pair) for pair in zip(responses, answers, strict=True)]
+        return [future.result() for future in futures]
 
     def equal(self, answer, gold) -> bool:
-        """`equal` in a worker, waited for. Ungradable is unequal."""
+        """The function `equal`, in a worker. An answer that cannot be compared is unequal."""
         return self._threads.submit(self._ask, answer, gold).result() > 0
 
     def unverifiable(self, answers) -> list[int]:
-        """Positions of the gold answers that cannot be parsed or compared: no response could be verified with them."""
-        asked = {a: self._threads.submit(self._ask, None, a) for a in dict.fromkeys(answers) if not a.isdecimal()}
+        """Positions of the gold answers that cannot be parsed or compared, so that no response
+        could earn a reward."""
+        doubtful = dict.fromkeys(a for a in answers if not a.isdecimal())  # plain numbers need no check
+        asked = {a: self._threads.submit(self._ask, None, a) for a in doubtful}
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _ask(self, candidate, answer):
@@ -163,7 +166,7 @@ class Verifier:
             verdict = worker.stdout.readline().strip()
         except OSError:
             verdict = ""
-        if not verdict:  # the worker itself is gone (killed from outside, out of memory)
+        if not verdict:  # the worker itself has died (killed from outside, out of memory)
             worker.kill()
             worker, verdict = self._start(), "crash"
         self._idle.put(worker)
@@ -179,14 +182,15 @@ class Verifier:
             worker.wait()
 
 
-# ---- a worker: one process that keeps the time, one that does the sums ----------------------------------------------
+# ---- a worker: one process that keeps the time, one that compares ------------------------------------------
 
 def _compare_forever(pipe, parents_end, timeout):
-    # Without these, this process would hold its parent's pipes open, and nobody would notice the parent's death.
+    # This process inherits its parent's pipes. While it kept them open, nobody would
+    # notice the parent's death.
     parents_end.close()
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 1)
-    if hasattr(signal, "setitimer"):
+    if HAS_TIMER:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     while True:
@@ -194,26 +198,29 @@ def _compare_forever(pipe, parents_end, timeout):
             candidate, gold = pipe.recv()
         except EOFError:
             return
-        if hasattr(signal, "setitimer"):
+        if HAS_TIMER:
             signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal ends this process
         try:
             good = verifiable(gold) if candidate is None else equal(candidate, gold)
-        except Exception:  # whatever sympy raises on hostile text (RecursionError, MemoryError), it is no right answer
+        except Exception:  # sympy raises many kinds on hostile text, as RecursionError: not a right answer
             good = False
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, 0)  # before the answer: who has answered does not die
+        if HAS_TIMER:
+            signal.setitimer(signal.ITIMER_PROF, 0)  # before the answer, or it could die after it
         pipe.send("equal" if good else "different")
 
 
 def _work(timeout):
-    """Reads jobs from stdin, writes verdicts to stdout. A child compares; when it overruns, it dies and is forked anew.
-    What counts is the time that it computes, or on a busy machine right answers would earn nothing; one that hangs is killed
-    by the clock on the wall, PATIENCE times later. Forking here is safe (no threads, no CUDA) and takes milliseconds, where
-    a new import of sympy takes 1 s."""
+    """Reads jobs from stdin, writes verdicts to stdout. A child compares. When it takes too long it is
+    killed, and a new one is forked.
+
+    The limit is on the time that the child computes, or right answers would earn nothing on a busy machine. A
+    child that waits for ever is killed after PATIENCE times the limit. Forking is safe here (no threads, no
+    CUDA) and takes milliseconds, where a new import of sympy takes 1 s.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # to stop is the trainer's business; a worker ends with its pipe
+        signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop; a worker ends with its pipe
     logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
-    equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables, once, before the first fork
+    equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables before the first fork
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     child = None
     try:
@@ -222,7 +229,7 @@ def _work(timeout):
                 pipe, theirs = context.Pipe()
                 child = context.Process(target=_compare_forever, args=(theirs, pipe, timeout), daemon=True)
                 child.start()
-                theirs.close()  # so that a dead child is an end of file here
+                theirs.close()  # so that a child's death is an end of file here
             pipe.send(json.loads(line))
             verdict = "timeout"
             if pipe.poll(timeout * PATIENCE):
@@ -237,7 +244,7 @@ def _work(timeout):
                 child = None
             print(verdict, flush=True)
     except BrokenPipeError:
-        pass  # the trainer was killed, and wants no verdict; or our child was, and the trainer starts another of us
+        pass  # the trainer was killed; or our child was, and the trainer starts another worker
     finally:
         if child:
-            child.kill()  # to end, Python would wait for it for ever, since it ignores SIGTERM as we do
+            child.kill()  # or Python would wait for it for ever: it ignores SIGTERM, as this process does

@@ -1,7 +1,7 @@
 """Rollouts: problems in, a verified Batch out.
 
-`Sampler.sample` renders the problems as prompts, lets the engines of all ranks write responses, verifies each one as
-soon as it ends, and returns the same Batch on every rank. The training loop, evaluation and baselines all use it.
+`Sampler.sample` renders problems as prompts, has the engines of all ranks write responses, verifies each one
+as soon as it ends, and returns the same Batch on every rank. Training loop, evaluation and baselines use it.
 """
 import json
 import os
@@ -25,8 +25,8 @@ class Batch:
     responses: list[Response]  # [B]
     rewards: torch.Tensor  # [B], 0 or 1
     greedy_rewards: torch.Tensor | None = None  # [number of problems], for a baseline that wants them (ReMax)
-    expected: torch.Tensor | None = None  # [B], the baseline at the time when these were started (--oversample)
-    old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None where a step needs none
+    expected: torch.Tensor | None = None  # [B], the baseline when these were started (--oversample)
+    old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None if a step needs none
 
     def __post_init__(self):
         self.lengths = torch.tensor([len(r.ids) for r in self.responses])  # [B]
@@ -43,9 +43,9 @@ class Batch:
 
 
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
-    """Yields (number of the prompt, Response, text, future of its reward) as responses end: the first are verified
-    while others are still being written. A response that was cut off has no answer, whatever its text says; one that
-    was paused has no reward yet. sampling: as an engine's `generate`."""
+    """Yields (number of the prompt, Response, text, future of its reward) as responses end: the first are
+    verified while others are still being written. A response that was cut off has no answer, whatever its
+    text says; one that was paused has no reward yet. sampling: as an engine's `generate`."""
     for i, response in engine.generate(prompts, **sampling):
         if response.paused:
             yield i, response, None, None
@@ -58,9 +58,10 @@ class Sampler:
     """Samples from the current policy with the engines of all ranks, and verifies."""
 
     def __init__(self, config, tokenizer, engine, verifier, clock):
-        self.config, self.tokenizer, self.engine, self.verifier, self.clock = config, tokenizer, engine, verifier, clock
-        self.random = random.Random()  # the same on every rank; seeded anew for each step, so no state is to be saved
-        self.metrics = {}  # of the last call: how well the engines were filled, and what the verifier gave up
+        self.config, self.tokenizer, self.clock = config, tokenizer, clock
+        self.engine, self.verifier = engine, verifier
+        self.random = random.Random()  # the same on every rank; seeded anew for each step: no state to save
+        self.metrics = {}  # of the last call: how busy the engines were, and what the verifier gave up on
 
     def prompt(self, problem):
         """The token ids that the policy reads before it writes."""
@@ -69,7 +70,7 @@ class Sampler:
     def sample(self, problems, samples=1, greedy=False, temperature=None, top_p=1.0):
         """A Batch of `samples` responses per problem, at the training temperature unless another is given.
 
-        greedy: sample each problem's greedy response as well, in the same pass; its reward is in `greedy_rewards`.
+        greedy: also sample each problem's greedy response, in the same pass; `greedy_rewards` has its reward.
         """
         temperature = self.config.temperature if temperature is None else temperature
         each = samples + greedy  # responses per problem; the last of them is the greedy one
@@ -86,13 +87,16 @@ class Sampler:
                  wait_for=()):
         """{number of the prompt: (Response, reward)}, the same on every rank. The engines share the prompts.
 
-        adjacent: so many prompts that follow each other go to the same engine, which reads a common prompt once.
-        partial, pause_after, wait_for: as an engine's, over all engines together. What is paused has the reward None.
+        adjacent: this many consecutive prompts go to the same engine, which reads a common prompt once.
+        partial, pause_after, wait_for: as in an engine's `generate`, over all engines together. A paused
+        response has the reward None.
         """
         c, world = self.config, dist.get_world_size()
         first_seed = self.random.getrandbits(40)
         engine, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
         local = [j for j in range(len(prompts)) if j // adjacent % engines == engine]  # this engine's prompts
+        # A seed for each response costs some speed, but ranks that share an engine must sample the same.
+        seeds = [first_seed + j for j in local] if c.deterministic or c.tensor_parallel > 1 else None
         if pause_after is not None:  # this engine's part of those that must end
             pause_after = pause_after // engines + (engine < pause_after % engines)
             wait_for = [n for n, j in enumerate(local) if j in wait_for]
@@ -101,20 +105,20 @@ class Sampler:
         done = {}
         with self.clock("rollout"):
             for n, response, _, reward in sample_and_verify(
-                    self.engine, self.verifier, self.tokenizer, [prompts[j] for j in local], [answers[j] for j in local],
-                    max_tokens=c.max_response_tokens, top_p=top_p, temperature=[temperatures[j] for j in local],
-                    # A seed for each response costs some speed; ranks that share an engine must agree on them, though.
-                    seeds=[first_seed + j for j in local] if c.deterministic or c.tensor_parallel > 1 else None,
-                    partial=partial and [partial[j] for j in local], pause_after=pause_after, wait_for=wait_for):
+                    self.engine, self.verifier, self.tokenizer, [prompts[j] for j in local],
+                    [answers[j] for j in local], temperature=[temperatures[j] for j in local], top_p=top_p,
+                    max_tokens=c.max_response_tokens, partial=partial and [partial[j] for j in local],
+                    seeds=seeds, pause_after=pause_after, wait_for=wait_for):
                 done[local[n]] = response, reward
-        with self.clock("reward"):  # what verification takes longer than sampling, and the wait for slower ranks
+        with self.clock("reward"):  # the wait for the last verdicts, and for slower ranks
             done = {j: (response, reward and reward.result()) for j, (response, reward) in done.items()}
             parts = [None] * world
             dist.all_gather_object(parts, (done, self.verifier.timeouts, self.verifier.crashes))
-            parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
+        parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
         done = {j: result for part in parts for j, result in part.items()}
-        # How long the engines wrote for the longest response, and how much of that time their other places were empty.
-        written = [len(response.ids) - (len(partial[j].ids) if partial else 0) for j, (response, _) in done.items()]
+        # rollout/idle: while the longest response was written, the share of the time that the others' places
+        # in the engines were empty.
+        written = [len(r.ids) - (len(partial[j].ids) if partial else 0) for j, (r, _) in done.items()]
         longest = max(written, default=0)
         self.metrics = {"rollout/generated_tokens": sum(written), "rollout/longest": longest,
                         "rollout/idle": 1 - sum(written) / max(1, len(prompts) * longest),
@@ -122,13 +126,13 @@ class Sampler:
         return done
 
 
-# ---- rollouts in a file -------------------------------------------------------------------------------------
+# ---- rollouts in a file ------------------------------------------------------------------------------------
 
 class RolloutFile:
     """The file of an evaluation: a line that says what was evaluated, then a line a response.
 
-    All ranks append to it, each line in one write, which keeps lines whole on any file system but NFS. What was there
-    when it was opened is in `done`: {(benchmark, problem, sample): line}.
+    All ranks append to it, each line in one write, which keeps lines whole on any file system but NFS. What
+    was there when it was opened is in `done`: {(benchmark, problem, sample): line}.
     """
 
     def __init__(self, path, settings):
@@ -144,9 +148,10 @@ class RolloutFile:
         dist.barrier()
         before, self.done = read_rollouts(self.path)
         for name, value in settings.items():
-            if (before or {}).get(name) != value:
-                raise InputError(f"{path}: holds an evaluation with {name} {(before or {}).get(name)!r}, and this one "
-                                 f"has {value!r}; give another --output, or delete that file")
+            old = (before or {}).get(name)
+            if old != value:
+                raise InputError(f"{path}: holds an evaluation with {name} {old!r}, and this one has "
+                                 f"{value!r}; give another --output, or delete that file")
         self.file = self.path.open("ab", buffering=0)
 
     def write(self, line):
@@ -160,7 +165,7 @@ class RolloutFile:
 
 
 def read_rollouts(path):
-    """(settings or None, {(benchmark, problem, sample): line}) of a file of responses. Raises InputError if it is none."""
+    """(settings or None, {(benchmark, problem, sample): line}) of a file that eval.py wrote."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -174,5 +179,5 @@ def read_rollouts(path):
             else:
                 responses[line["benchmark"], line["problem"], line["sample"]] = line
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {i + 1}: is no response that eval.py wrote; give another file") from None
+            raise InputError(f"{path}, line {i + 1}: was not written by eval.py; give another file") from None
     return settings, responses

@@ -2,11 +2,12 @@
 
 Three ideas carry this file.
 
-1. Every rank knows the whole batch (token ids are small). `micro_batches` cuts it into shares without a word between
-   ranks, and so that all ranks run equally many: FSDP's collectives would hang otherwise.
-2. The loss is divided by token counts of the *whole* mini-batch, so neither the cut nor the number of ranks changes
-   the gradient.
-3. Only rank 0 reads the checkpoint, and deals the weights out a block at a time: no rank ever holds a whole model.
+1. Every rank knows the whole batch (token ids are small). So `micro_batches` needs no communication: each
+   rank computes the micro-batches of all. All ranks run equally many, or FSDP's collectives would hang.
+2. The loss is divided by token counts of the *whole* mini-batch. So the gradient depends neither on the
+   micro-batches nor on the number of ranks.
+3. Only rank 0 reads the checkpoint. It sends the weights to the others a block at a time, so that no GPU ever
+   holds a whole model.
 
 One optimiser step reads like plain PyTorch:
 
@@ -28,15 +29,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cli import Diverged
 
-transformers_logging.set_verbosity_error()  # what matters of a model is checked in data.py, and said in a sentence
+transformers_logging.set_verbosity_error()  # data.py checks models, and says what is wrong in one sentence
 transformers_logging.disable_progress_bar()
 
-# ---- processes ----------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 def free_port():
     """A TCP port of this machine that nobody uses, as text."""
@@ -46,9 +48,11 @@ def free_port():
 
 
 def init_distributed() -> torch.device:
-    """Joins torchrun's process group; without torchrun, one process is a world of one. Returns this rank's device."""
+    """Joins torchrun's process group, or makes a group of one process without torchrun. Returns
+    this rank's device."""
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=free_port())
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -60,15 +64,16 @@ def init_distributed() -> torch.device:
 
 
 def seed_torch(seed, deterministic):
-    """Seeds torch; with `deterministic`, also makes it choose kernels that give the same numbers each time."""
+    """Seeds torch; `deterministic` also makes it choose kernels that give the same numbers each time."""
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it where there is CUDA
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it for this
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def compute_dtype(name, device):
-    """"auto" is bfloat16 where the device computes in it and float32 elsewhere; other names stay what they are.
+    """"auto" is bfloat16 where the device computes in it, and float32 elsewhere. Other names
+    are returned as they are.
 
     A CPU with AVX2 only emulates bfloat16, and is several times slower in it than in float32.
     """
@@ -78,16 +83,19 @@ def compute_dtype(name, device):
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     has = torch.cpu.get_capabilities()
     native = has.get("avx512_bf16") or has.get("amx_bf16")
-    # torch itself can be held to less than the processor has, with ATEN_CPU_CAPABILITY.
+    # A user can limit torch to less than the processor has, with ATEN_CPU_CAPABILITY.
     return "bfloat16" if native and "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
 
 
-# ---- loading ------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 def causal_attention(module, query, key, value, attention_mask, scaling, **_):
-    """PyTorch's fused causal attention, without a mask. query [b, heads, L, d], key and value [b, key-value heads, L, d]
-    -> [b, L, heads, d], None. With right padding no token of a response can see padding, so no mask is needed; and
-    with a mask PyTorch would choose a slower kernel that holds all L x L scores."""
+    """PyTorch's fused causal attention, without a mask: query [b, heads, L, d], key and value
+    [b, key-value heads, L, d] -> [b, L, heads, d], None.
+
+    With padding on the right, no token of a response can see padding, so no mask is needed. With one, PyTorch
+    would choose a slower kernel that stores all L x L scores.
+    """
     out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
@@ -96,26 +104,29 @@ AttentionInterface.register("causal", causal_attention)
 AttentionMaskInterface.register("causal", lambda *_, **__: None)
 
 
-def attention_of(model, trust_remote_code):
-    """The attention for `from_pretrained`: "causal", unless some layers only see a window of the past."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+def attention_of(config):
+    """The attention for a model's config: "causal", unless some layers see only a window of the past."""
+    config = config.get_text_config()
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return "sdpa" if windowed or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} else "causal"
+    other_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    return "sdpa" if windowed or other_layers else "causal"
 
 
 def load(auto, model, trust_remote_code):
-    """The model as the transformers class `auto` (AutoModel, ...), with the checkpoint's weights and dtype on rank 0.
-    Elsewhere it is a structure without memory (`meta`), until `ShardedModel` deals out the weights."""
-    options = dict(attn_implementation=attention_of(model, trust_remote_code), trust_remote_code=trust_remote_code)
+    """The model as the transformers class `auto` (AutoModel, ...), with the checkpoint's weights and dtype on
+    rank 0. On other ranks it has no memory (device `meta`) until `ShardedModel` distributes the weights."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    options = dict(attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
     if dist.get_rank() == 0:
         return auto.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
     with torch.device("meta"):
-        return auto.from_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), **options)
+        return auto.from_config(config, **options)
 
 
 def deal_out(module, device):
-    """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`. What is sharded already stays.
-    Buffers too, saved or not: rotary frequencies are computed when a model is made, and `meta` computes nothing."""
+    """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`; skips what is
+    sharded already. Buffers that no checkpoint has are sent too: rotary frequencies are computed when a model
+    is made, which a model on `meta` cannot do."""
     new = {}  # old tensor -> new one: tied weights, one tensor under two names, stay tied
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -128,29 +139,32 @@ def deal_out(module, device):
                     if dist.get_rank() == 0:
                         full.copy_(old.detach())
                     dist.broadcast(full, 0)
-                    new[old] = nn.Parameter(full, old.requires_grad) if isinstance(old, nn.Parameter) else full
+                    parameter = isinstance(old, nn.Parameter)
+                    new[old] = nn.Parameter(full, old.requires_grad) if parameter else full
                 tensors[name] = new[old]
 
 
-# ---- from sequences to tensors ------------------------------------------------------------------------------
+# ---- from sequences to tensors -----------------------------------------------------------------------------
 
 def micro_batches(lengths, budget):
-    """Cuts rows into micro-batches of at most `budget` tokens, padding included, and deals them to the ranks.
+    """Cuts rows into micro-batches of at most `budget` tokens, padding included, and
+    distributes them to the ranks.
 
     lengths: tokens of every row of the mini-batch, the same list on every rank.
-    Returns this rank's list of lists of row numbers. All ranks get equally many lists; some may be empty. Rows are
-    sorted by length, so that little padding is left. A row longer than the budget gets a micro-batch of its own.
+    Returns this rank's list of lists of row numbers. All ranks get equally many lists; some may be empty.
+    Rows are sorted by length, so that little padding is left. A row longer than the budget gets a
+    micro-batch of its own.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    shares = []  # every rank computes the shares of all, so that none need ask another
+    shares = []  # of all ranks: each rank computes them by itself, without communication
     for r in range(world):
         batches = []
         for row in by_length[r::world]:
             rows = batches[-1] if batches else []
             longest = lengths[rows[0]] if rows else budget + 1
-            # Begin a new micro-batch where rows become a fifth shorter, or padding would take over. But not while this
-            # one is nearly empty: each micro-batch gathers all weights anew.
+            # Start a new micro-batch where rows become a fifth shorter, to avoid padding. But fill this one
+            # up while it is nearly empty: each micro-batch gathers all weights anew.
             few = longest * len(rows) < budget // 8
             if longest * (len(rows) + 1) <= budget and (few or lengths[row] >= 0.8 * longest):
                 rows.append(row)
@@ -162,17 +176,19 @@ def micro_batches(lengths, budget):
 
 
 def pad(sequences, device):
-    """(prompt ids, response ids) pairs as tensors: ids [b, L] right-padded; `scored` [mask.sum()], the places in
-    ids.flatten() from which the response's tokens were chosen (the prompt's last token is the first); mask [b, T], T the
-    longest response. Places and not a mask: to select by a mask, the host waits for the GPU to count it."""
-    sequences = sequences or [([0, 0], [])]  # a rank without rows still runs the model, for the others' collectives
-    length = max(len(p) + len(r) for p, r in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros(len(sequences), max(len(r) for _, r in sequences), dtype=torch.bool)
-    for i, (prompt, response) in enumerate(sequences):
-        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, : len(response)] = True
-    scored = torch.cat([torch.arange(len(r)) + i * length + len(p) - 1 for i, (p, r) in enumerate(sequences)])
+    """(prompt ids, response ids) pairs as tensors: ids [b, L], padded on the right; scored [mask.sum()]; mask
+    [b, T], T the longest response.
+
+    `scored` are the positions in ids.flatten() whose outputs predict the response's tokens, from the
+    prompt's last token on. They are positions and not a mask, since selecting by a mask makes the
+    host wait for the GPU.
+    """
+    sequences = sequences or [([0, 0], [])]  # a rank without rows runs the model too, for its collectives
+    ids = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True)
+    lengths = torch.tensor([len(r) for _, r in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    width = ids.shape[1]
+    scored = torch.cat([torch.arange(len(r)) + i * width + len(p) - 1 for i, (p, r) in enumerate(sequences)])
     return ids.to(device), scored.to(device), mask.to(device)
 
 
@@ -182,40 +198,46 @@ def unflatten(flat, mask):
 
 
 def rows_like(part, rows, whole):
-    """Rows of `whole` [B, T] as wide and on the same device as part [b, t]; of `whole` [B], just the rows [b]."""
+    """Rows of `whole` [B, T] as wide and on the same device as part [b, t]; of `whole`
+    [B], just the rows [b]."""
     return (whole[rows, : part.shape[1]] if whole.dim() == 2 else whole[rows]).to(part.device)
 
 
-# ---- training -----------------------------------------------------------------------------------------------
+def mean_of(dicts, prefix=""):
+    """The mean of each metric over dictionaries with the same keys; `prefix` goes before each name."""
+    return {f"{prefix}{key}": sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
+
+
+# ---- training ----------------------------------------------------------------------------------------------
 
 class ShardedModel:
     """A module sharded over all ranks, with AdamW. Subclasses define `forward`.
 
-    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between` they are in
-    host memory, except inside `with model.on_device():`.
+    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between`
+    they are in host memory, except inside `with model.on_device():`.
     """
 
-    def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0, dtype="bfloat16",
-                 micro_batch_tokens=16384, checkpoint_activations=True, offload=False, offload_between=False, replicas=1):
+    def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0,
+                 dtype="bfloat16", micro_batch_tokens=16384, checkpoint_activations=True, offload=False,
+                 offload_between=False, replicas=1):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
         self.dtype, self.offload_between, self.here = getattr(torch, dtype), offload_between, True
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        # Sharded over the neighbouring ranks of a replica, and copied across replicas if there are several (HSDP): then
-        # weights are gathered within a node, and only gradients cross between nodes.
+        # Sharded over the neighbouring ranks of a replica, and copied across replicas if there are several
+        # (HSDP): then weights are gathered within a node, and only gradients travel between nodes.
         world = dist.get_world_size()
         mesh = (init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("copy", "shard"))
                 if replicas > 1 else init_device_mesh(device.type, (world,)))
-        options = dict(
-            mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32),
-            offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
+        precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         # One transformer block at a time, and then the rest: a whole model in float32 might not fit on a GPU.
         blocks = set(backbone._no_split_modules or ())
         for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
             deal_out(part, device)
-            fully_shard(part, **options)
-        # Training mode, or transformers would not checkpoint activations; but no dropout: pi_old and pi must agree.
+            fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=where)
+        # Training mode, or transformers checkpoints no activations. No dropout: pi_old and pi must agree.
         self.module = module.train()
         for part in module.modules():
             if isinstance(part, nn.Dropout):
@@ -232,8 +254,8 @@ class ShardedModel:
     # ---- where the weights are ----
 
     def _move(self, device, optimizer=True):
-        """Takes parameters (and optimiser state) to `device`. FSDP's modules are made to be moved, and the optimiser
-        knows the same parameters afterwards."""
+        """Moves parameters (and optimiser state) to `device`. FSDP2 allows this, and the parameters stay the
+        same objects, so that the optimiser still knows them."""
         self.module.to(device)
         for state in self.optimizer.state.values() if optimizer else ():
             state.update({name: tensor.to(device) for name, tensor in state.items()})
@@ -241,8 +263,8 @@ class ShardedModel:
 
     @contextlib.contextmanager
     def on_device(self, optimizer=True):
-        """With offload_between, the model is on the device in the body of this `with`, and on the host before and after.
-        Otherwise it always is, and nothing happens. optimizer: take the optimiser state along, for `step`."""
+        """With offload_between, the model is on the device inside this `with`, and on the host before and
+        after. Otherwise nothing happens. optimizer: move the optimiser state too, which `step` needs."""
         if not self.offload_between or self.here:
             yield
             return
@@ -255,12 +277,12 @@ class ShardedModel:
     # ---- one optimiser step ----
 
     def micro_batches(self, lengths):
-        """This rank's micro-batches of a mini-batch, as lists of row numbers; see the function of the same name."""
+        """This rank's micro-batches of a mini-batch, as lists of row numbers: see the function above."""
         return micro_batches(lengths, self.micro_batch_tokens)
 
     def backward(self, loss, metrics):
-        """Adds the gradient of one micro-batch. Losses and metrics of all micro-batches and ranks add up to those of the
-        mini-batch, so each must be divided by the whole mini-batch's count."""
+        """Adds the gradient of one micro-batch. Losses and metrics of all micro-batches and ranks are added
+        up, so each must already be divided by the whole mini-batch's count."""
         (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the sum is wanted
         for name, value in {"loss": loss, **metrics}.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
@@ -268,8 +290,8 @@ class ShardedModel:
     def step(self):
         """One AdamW step with the gradients since the last one. Returns the metrics, summed over ranks.
 
-        An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten in a row
-        this raises Diverged.
+        An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten
+        in a row this raises Diverged.
         """
         values = torch.stack(list(self.totals.values())).cpu()
         dist.all_reduce(values)
@@ -285,7 +307,7 @@ class ShardedModel:
         self.optimizer.zero_grad()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
         if self.skipped_in_a_row == 10:
-            raise Diverged(f"ten updates in a row were not finite (loss {metrics['loss']}, gradient norm {norm})")
+            raise Diverged(f"ten updates in a row were not finite (loss {metrics['loss']}, norm {norm})")
         return {**metrics, "grad_norm": norm, "skipped": float(skip)}
 
     # ---- without gradient ----
@@ -312,28 +334,20 @@ class ShardedModel:
     # ---- checkpoints and the engine ----
 
     def state_dict(self):
-        """Weights and Adam's moments, sharded, and counters: the tensors themselves, for checkpoint.py to write or fill."""
+        """Weights and Adam's moments, sharded, and counters. They are no copies: checkpoint.py
+        writes or fills them."""
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
         state = {}
         for name, parameter in self.module.named_parameters():
             moments = self.optimizer.state[parameter]
             if not moments:  # before the first step
-                moments.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
-                               exp_avg_sq=torch.zeros_like(parameter))
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["exp_avg"], moments["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
             state[name] = {"weight": parameter.detach(), **moments}
         return {"parameters": state, "updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state):
-        """Takes over what `state_dict` gave. Its sharded tensors are the model's own, and filled already."""
+        """Restores what `state_dict` returned. Its sharded tensors are the model's own: already filled."""
         for name, parameter in self.module.named_parameters():
             self.optimizer.state[parameter]["step"].copy_(state["parameters"][name]["step"])
         self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
-
-
-def gathered(parameters, device, dtype):
-    """(name, full tensor) of each (name, sharded parameter), one at a time: a large model is never there in full."""
-    for name, p in parameters:
-        # The shard goes to the device first, where gathering is fast, and in `dtype`, so that fewer bytes travel.
-        shard = DTensor.from_local(p.detach().to_local().to(device, dtype), p.device_mesh, p.placements,
-                                   shape=p.shape, stride=p.stride())
-        yield name, shard.full_tensor()

@@ -1,11 +1,11 @@
-"""SPO: Single-stream Policy Optimization (arXiv 2509.13232), SPPO's sibling: no group and no critic, but a memory.
+"""SPO: Single-stream Policy Optimization (arXiv 2509.13232): no group, no critic, a memory of each prompt.
 
     python spo.py
 
-What differs from sppo.py, whose loop this is: the expected reward of a prompt is not predicted but remembered. Two
-numbers per prompt count successes and failures, and forget them as the policy moves. That costs no second model; but a
-prompt must come back for its numbers to be of use, and what was learned about one says nothing about another. Prompts
-whose outcome is uncertain come more often, and advantages are normalised over the whole batch.
+The loop is sppo.py's. What differs: the expected reward of a prompt is not predicted but remembered. Two
+numbers per prompt count successes and failures, and old ones count less as the policy changes. That needs no
+second model. But the numbers are of use only when a prompt comes again, and say nothing about other prompts.
+Prompts whose outcome is uncertain come more often, and advantages are normalised over the whole batch.
 """
 import random
 from dataclasses import dataclass
@@ -17,14 +17,15 @@ import torch
 from cli import InputError, option, say
 from sppo import Baseline, TrainConfig, train
 
-# ---- the mathematics ----------------------------------------------------------------------------------------
+# ---- the mathematics ---------------------------------------------------------------------------------------
 
 class ValueTracker:
-    """v = alpha / (alpha + beta) for each of `num_prompts` prompts, by number (arXiv 2509.13232, section 3.1).
+    """v = alpha / (alpha + beta) for each of `num_prompts` prompts (arXiv 2509.13232, section 3.1).
 
-    After a reward r in {0, 1}: alpha <- rho alpha + r, beta <- rho beta + 1 - r, where rho = 2^(-D / half_life),
-    clamped to [rho_min, rho_max], and D is the mean |difference of log-probability| per token, on the prompt's last
-    response, between the policy that wrote it and the policy now. 1 / (1 - rho) is how many samples v remembers.
+    After a reward r in {0, 1}: alpha <- rho alpha + r, beta <- rho beta + 1 - r. Here rho =
+    2^(-D / half_life), clamped to [rho_min, rho_max]. D measures how far the policy has moved: the mean
+    |difference of log-probability| per token of the prompt's last response, between the policy that wrote it
+    and the policy now. v remembers about 1 / (1 - rho) samples.
     """
 
     def __init__(self, num_prompts, half_life=0.06, rho_min=0.875, rho_max=0.96):
@@ -32,8 +33,8 @@ class ValueTracker:
         self.half_life, self.rho_min, self.rho_max = half_life, rho_min, rho_max
 
     def start(self, ids, rewards):
-        """From first samples: rewards [len(ids), n]. As much weight as the tracker can remember, spread by the success
-        rate with half a success and half a failure added."""
+        """From first samples: rewards [len(ids), n]. Sets v to the success rate, with half a success and half
+        a failure added, and gives it the weight of 1 / (1 - rho_min) samples."""
         weight, n = 1 / (1 - self.rho_min), rewards.shape[1]
         successes = rewards.sum(1)
         self.alpha[ids] = weight * (successes + 0.5) / (n + 1)
@@ -51,11 +52,12 @@ class ValueTracker:
 
     def rho(self, kl):
         """How much of the past is kept, for a policy that has moved by kl (D)."""
-        return np.clip(2.0 ** (-np.asarray(kl, dtype=np.float64) / self.half_life), self.rho_min, self.rho_max)
+        rho = 2.0 ** (-np.asarray(kl, dtype=np.float64) / self.half_life)
+        return np.clip(rho, self.rho_min, self.rho_max)
 
     def sampling_weights(self):
-        """sqrt(v (1 - v)) + 0.05 of all prompts [num_prompts], not normalised: uncertain prompts come more often, and
-        every prompt comes at times."""
+        """sqrt(v (1 - v)) + 0.05 of all prompts [num_prompts], not normalised: uncertain prompts come more
+        often, and every prompt comes at times."""
         v = self.values(slice(None))
         return np.sqrt(v * (1 - v)) + 0.05
 
@@ -65,21 +67,22 @@ class ValueTracker:
     def load_state_dict(self, state):
         if len(state["alpha"]) != len(self.alpha):
             raise InputError(f"the checkpoint tracks {len(state['alpha'])} problems and the dataset has "
-                             f"{len(self.alpha)}; continue with the dataset that the run began with")
+                             f"{len(self.alpha)}; continue with the dataset that the run started with")
         self.alpha, self.beta = state["alpha"].numpy().copy(), state["beta"].numpy().copy()
 
 
 def normalize(advantages):
-    """[B] minus its mean, divided by its standard deviation. In float64, or equal advantages would become rounding
-    divided by rounding."""
+    """[B] minus its mean, divided by its standard deviation. In float64, or equal advantages would become
+    rounding divided by rounding."""
     advantages = advantages.double()
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
-# ---- the baseline -------------------------------------------------------------------------------------------
+# ---- the baseline ------------------------------------------------------------------------------------------
 
 class SPO(Baseline):
-    """One sample per prompt, against what is remembered of that prompt. Prompts are known by their row in the dataset."""
+    """One sample per prompt, against what is remembered of that prompt. Prompts are known by their
+    row in the dataset."""
 
     def __init__(self, run):
         super().__init__(run)
@@ -98,10 +101,10 @@ class SPO(Baseline):
         return [self.run.problems[i] for i in chosen]
 
     def start(self):
-        """The tracker's first values, from samples of the policy before training. Step 1 pays for the time."""
+        """The tracker's first values, from samples of the policy before training. Counts for step 1."""
         run, n, size = self.run, self.run.config.init_samples, self.run.config.prompts_per_step
-        say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, for the tracker's first values.")
-        firsts = []  # of each problem, its last response
+        say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, to start the tracker.")
+        firsts = []  # (problem, (prompt, token ids)) of each problem's last response
         for i in range(0, len(run.problems), size):
             problems = run.problems[i : i + size]
             batch = run.sampler.sample(problems, n)
@@ -120,7 +123,8 @@ class SPO(Baseline):
             self.last[problem.id] = (np.asarray(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
 
     def moved(self, batch):
-        """D [B]: how far the policy is from the one that last answered each prompt, on that answer; 0 for the first."""
+        """D [B]: how far the policy is from the one that last answered each prompt, on that
+        answer; 0 for the first."""
         distance = np.zeros(len(batch.problems))
         known = [i for i, p in enumerate(batch.problems) if p.id in self.last]
         if known:
@@ -153,29 +157,30 @@ class SPO(Baseline):
 
     def state_dict(self):
         """The last responses as four flat tensors: whose, how long, token ids, log-probabilities."""
-        ids = [torch.empty(0, dtype=torch.int32), *(torch.tensor(ids) for ids, _ in self.last.values())]
-        logprobs = [torch.empty(0, dtype=torch.float16), *(torch.tensor(values) for _, values in self.last.values())]
+        lengths = [len(ids) for ids, _ in self.last.values()]
+        # An empty array first, since there may be no responses yet.
+        ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in self.last.values())])
+        logprobs = np.concatenate([np.empty(0, np.float16), *(values for _, values in self.last.values())])
         return {"tracker": self.tracker.state_dict(),
                 "last": {"problems": torch.tensor(list(self.last), dtype=torch.int64),
-                         "lengths": torch.tensor([len(part) for part in ids[1:]], dtype=torch.int64),
-                         "ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}}
+                         "lengths": torch.tensor(lengths, dtype=torch.int64),
+                         "ids": torch.tensor(ids), "logprobs": torch.tensor(logprobs)}}
 
     def load_state_dict(self, state):
         self.tracker.load_state_dict(state["tracker"])
         last, lengths = state["last"], state["last"]["lengths"].tolist()
-        parts = zip(last["problems"].tolist(), last["ids"].split(lengths), last["logprobs"].split(lengths), strict=True)
-        self.last = {problem: (ids.numpy(), logprobs.numpy()) for problem, ids, logprobs in parts}
+        ids, logprobs = ([part.numpy() for part in last[key].split(lengths)] for key in ("ids", "logprobs"))
+        self.last = dict(zip(last["problems"].tolist(), zip(ids, logprobs, strict=True), strict=True))
 
 
-# ---- the options --------------------------------------------------------------------------------------------
+# ---- the options -------------------------------------------------------------------------------------------
 
 @dataclass
 class SPOConfig(TrainConfig):
     output: str = option("runs/spo", "folder for metrics.jsonl, TensorBoard events and the trained model")
     prompts_per_step: int = option(1024, "prompts sampled in a step", positive=True)
     clip_high: float = option(0.28, "the ratio is clipped above 1 + this")
-    init_samples: int = option(8, "responses per problem, before step 1, that the tracker starts from; 0: from 1/2",
-                               group="algorithm")
+    init_samples: int = option(8, "responses per problem before step 1; 0: start from 1/2", group="algorithm")
 
     # A prompt must come back: with 1,024 training problems each is drawn five times.
     BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "dataset": "chain:1280"}
@@ -183,7 +188,7 @@ class SPOConfig(TrainConfig):
     def check(self):
         super().check()
         if self.critic_model:
-            raise InputError(f"--critic-model {self.critic_model}: spo has no critic; leave the option out")
+            raise InputError("--critic-model: spo has no critic; leave it out")
         if self.init_samples < 0:
             raise InputError(f"--init-samples {self.init_samples}: must be 0 or more")
 

@@ -34,7 +34,7 @@ def run(*arguments, ranks=0, timeout=600):
     forked from one that has imported everything: imports are most of a short run."""
     arguments, places = [str(argument) for argument in arguments], [{}]
     if ranks:
-        from policy import free_port
+        from sharded import free_port
         port = free_port()
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)]
@@ -112,7 +112,7 @@ def seeds():
 @pytest.fixture(scope="session", autouse=True)
 def world_of_one():
     """Tests that call the parts directly need the process group that a run would have."""
-    from policy import init_distributed
+    from sharded import init_distributed
     yield init_distributed()
     import torch.distributed as dist
     dist.destroy_process_group()

@@ -1,21 +1,19 @@
 """Run by test_rollout.py under torchrun: sppo.py with vLLM as on a GPU, of which only the interface is there. It notes what it
 is asked, and lets nobody sample from an engine that sleeps. What it writes depends on prompt and seed alone."""
+import importlib.machinery
 import json
 import random
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import sppo
-
-# isort: split
 import torch
 import torch.distributed as dist
 
-import policy
-import run
-from rollout import VLLMEngine
+import engines
+import sppo
 
+trained = []  # policy and critic
 seen = dict(events=[], requests=[], batches=[], resident=[], seed=None)
 
 
@@ -53,7 +51,7 @@ class LLM:
             seen["requests"].append([])
         self.waiting[number] = prompt["prompt_token_ids"], params.seed
         seen["requests"][-1].append(self.waiting[number])
-        seen["resident"] += [type(policy.Trained.resident).__name__] if policy.Trained.resident else []
+        seen["resident"] += [type(model).__name__ for model in trained if model.here]
 
     def has_unfinished_requests(self):
         return bool(self.waiting)
@@ -78,6 +76,7 @@ class Noted(sppo.SPPO):
     def __init__(self, run):
         super().__init__(run)
         run.verifier.timeouts = 1
+        trained.extend([run.policy, self.critic])
 
     def advantages(self, batch):
         seen["batches"].append([r.ids for r in batch.responses])
@@ -87,7 +86,9 @@ class Noted(sppo.SPPO):
 vllm = sys.modules["vllm"] = ModuleType("vllm")
 vllm.__version__, vllm.LLM, vllm.SamplingParams = "of a test", LLM, SimpleNamespace
 vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=1))
-run.make_engine = lambda kind, model, device, **options: VLLMEngine(model, torch.device("cuda"), **options)
+vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)  # it is installed, then
+on_gpu = engines.VLLMEngine
+engines.VLLMEngine = lambda model, device, **options: on_gpu(model, torch.device("cuda"), **options)
 output, *arguments = sys.argv[1:]
 end = dist.destroy_process_group
 
@@ -98,4 +99,4 @@ def note():
 
 
 dist.destroy_process_group = note
-sppo.train(sppo.Config.parse(None, arguments), Noted)
+sppo.train(sppo.TrainConfig.parse(None, arguments), Noted)

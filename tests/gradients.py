@@ -6,11 +6,12 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data import BUILTIN_MODEL
-from policy import Policy, init_distributed, micro_batches
-from rollout import Response
-from run import Batch
-from sppo import Config, policy_step
+from cli import BUILTIN_MODEL
+from engines import Response
+from policy import Policy
+from rollout import Batch
+from sharded import init_distributed, micro_batches
+from sppo import TrainConfig, policy_step
 
 output, compile, replicas, *budgets = sys.argv[1], *map(int, sys.argv[2:])
 device = init_distributed()
@@ -32,7 +33,7 @@ for budget in budgets:
     policy.optimizer.step = lambda policy=policy, gradients=gradients: gradients.update(
         (name, p.grad.full_tensor()) for name, p in policy.module.named_parameters())
     policy.max_grad_norm = 1e9
-    metrics = policy_step(policy, batch, slice(0, len(lengths)), advantages, Config())
+    metrics = policy_step(policy, batch, range(len(lengths)), advantages, TrainConfig())
     mine = torch.tensor([sum(map(bool, micro_batches([len(p) + len(r) for p, r in batch.sequences], budget)))])
     counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, mine)

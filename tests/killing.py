@@ -25,7 +25,7 @@ def start():
         sys.argv = ["sppo.py", *options, "--output", str(folder), "--resume"]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
-            sppo.train(sppo.Config.parse(""), sppo.SPPO)
+            sppo.train(sppo.TrainConfig.parse(""), sppo.SPPO)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)

@@ -1,18 +1,25 @@
-"""Run by test_policy.py: bytes planned (on fake tensors) and really held, of small models and their steps, in bfloat16 with
-checkpointed activations."""
+"""Run by test_plan.py: bytes planned (on fake tensors) and really held, of small models and their steps, in
+bfloat16 with checkpointed activations."""
 import json
 
 import torch
 import torch.distributed as dist
 from transformers import Qwen2Config
 
-from plan import count, fake_world
-from policy import init_distributed
+from sharded import init_distributed
+from tools.plan import count, fake_world
 
-SHAPES = {name: Qwen2Config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                            num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=tied, dtype=torch.bfloat16)
-          for name, hidden, layers, vocabulary, tied in (("wide", 256, 2, 1000, True), ("deep", 64, 6, 5000, False))}
-CASES = [("policy", "wide", 300), ("policy", "deep", 1200), ("prompts", "wide", 200), ("responses", "deep", 600)]
+CASES = [("policy", "wide", 300), ("policy", "deep", 1200), ("prompts", "wide", 200),
+         ("responses", "deep", 600)]
+
+
+def small(hidden, layers, vocabulary, tied):
+    return Qwen2Config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+                       num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary,
+                       tie_word_embeddings=tied, dtype=torch.bfloat16)
+
+
+SHAPES = {"wide": small(256, 2, 1000, True), "deep": small(64, 6, 5000, False)}
 
 
 def counts(fake):

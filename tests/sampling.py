@@ -6,9 +6,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data import BUILTIN_MODEL, load_problems, load_tokenizer, render
-from policy import Policy, init_distributed
-from rollout import make_engine, stop_tokens
+from cli import BUILTIN_MODEL
+from data import load_problems, load_tokenizer, render
+from engines import make_engine, stop_tokens
+from policy import Policy
+from sharded import init_distributed
 
 device = init_distributed()
 torch.manual_seed(0)
@@ -53,17 +55,18 @@ mixed = sample(temperature=[0.0] * 24 + [1.9] * 24)
 report["mixed"] = [r.ids for r in mixed]
 report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
 
-ended = []
-first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, until=lambda i: ended.append(i) or len(ended) >= 12))
-rest = [i for i, r in first.items() if r.paused]
-limits = [len(first[i].ids) + 2 if i % 2 else 60 for i in rest]
-second = dict(engine.generate([prompts[i] for i in rest], temperature=0.8, max_tokens=limits, begun=[first[i] for i in rest]))
-whole = [second[rest.index(i)] if i in rest else first[i] for i in range(48)]
-report["ended"] = [ended, [i for i, r in first.items() if not r.paused]]
-report["paused"] = [(len(first[i].ids), len(whole[i].ids), whole[i].ids[: len(first[i].ids)] == first[i].ids, whole[i].paused)
-                    for i in rest]
-report["whole"] = gap(whole)
-report["limits"] = [(limit, len(second[j].ids), second[j].finished) for j, limit in enumerate(limits)]
+if sys.argv[1] == "vllm":  # the other engine cannot pause
+    first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, pause_after=12, wait_for=[40, 41]))
+    rest = [i for i, r in first.items() if r.paused]
+    limits = [len(first[i].ids) + 2 if i % 2 else 60 for i in rest]
+    second = dict(engine.generate([prompts[i] for i in rest], temperature=0.8, max_tokens=limits,
+                                  partial=[first[i] for i in rest]))
+    whole = [second[rest.index(i)] if i in rest else first[i] for i in range(48)]
+    report["ended"] = [i for i, r in first.items() if not r.paused]
+    report["paused"] = [(len(first[i].ids), len(whole[i].ids), whole[i].ids[: len(first[i].ids)] == first[i].ids,
+                         whole[i].paused) for i in rest]
+    report["whole"] = gap(whole)
+    report["limits"] = [(limit, len(second[j].ids), second[j].finished) for j, limit in enumerate(limits)]
 prompts = [(p * 9)[-120:] for p in prompts + prompts[::-1]]  # more tokens than one pass can prefill
 report["many"] = [len(r.ids) for r in sample(max_tokens=3, seeds=list(range(len(prompts))))]
 print(json.dumps(report))

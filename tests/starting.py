@@ -5,12 +5,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-import policy as policy_file
 from critic import ValueModel
-from plan import LiveBytes
-from policy import Policy, Trained, init_distributed
+from policy import Policy
+from sharded import ShardedModel, init_distributed
+from tools.plan import LiveBytes
 
-policy_file.BUCKET_ELEMENTS = 20_000  # several buckets, and parameters that are larger
 output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5] == "offload"
 device = init_distributed()
 folder = without if dist.get_rank() else with_weights
@@ -18,7 +17,7 @@ options = dict(lr=1e-3, dtype="float32", replicas=replicas, offload=offload)
 with LiveBytes() as memory:
     policy = Policy(folder, device, temperature=1.0, **options)
 peak = memory.peak
-critic = Trained(ValueModel(folder), device, **options)
+critic = ShardedModel(ValueModel(folder), device, **options)
 lm, backbone = policy.module.lm, critic.module.backbone
 torch.save({"peak": peak, "size": 4 * policy.size, "save_dtype": policy.save_dtype,
             "tied": lm.get_input_embeddings().weight is lm.get_output_embeddings().weight,

@@ -46,7 +46,7 @@ def test_their_variants_run(tmp_path, command, reports):
 @pytest.mark.parametrize("script", ["grpo", "ppo", "spo"])
 def test_help_explains_every_option(script):
     printed = run(f"{script}.py", "--help").stdout
-    for field in dataclasses.fields(importlib.import_module(script).Config):
+    for field in dataclasses.fields(getattr(importlib.import_module(script), f"{script.upper()}Config")):
         assert f"--{field.name.replace('_', '-')}" in printed
         assert len(field.metadata["help"].splitlines()) == 1
 
@@ -64,7 +64,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, command, message, capsys):
     if "OTHER" in command:
         command = [*command[:-1], other_tokens(tmp_path / "other")]
     module = importlib.import_module(command[0].removesuffix(".py"))
-    assert message in complaint(lambda a: train(module.Config.parse("", a), None), [*command[1:], "--output", tmp_path / "out"],
+    assert message in complaint(lambda a: train(getattr(module, f"{module.__name__.upper()}Config").parse("", a), None), [*command[1:], "--output", tmp_path / "out"],
                                 capsys)
     assert not (tmp_path / "out").exists()
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import InputError, Problem
+from cli import InputError
+from data import Problem
+from engines import Response
 from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import gae, tail_effect, value_loss, whiten
-from rollout import Response
-from run import Batch
+from rollout import Batch
 from spo import SPO, ValueTracker, normalize
 
 

@@ -1,14 +1,18 @@
-"""bench.py's phases are those of a real run, and its lengths those that were asked for."""
+"""tools/bench.py's phases are those of a real run, and its lengths those that were asked for."""
+import importlib.util
 import json
 import re
 
 import pytest
-from conftest import run
+from conftest import complaint, run
+
+from tools import bench, bench_runs
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 def test_step(tmp_path):
-    done = run("bench.py", "step", "--prompts-per-step", "16", "--minibatch", "8", "--steps", "2", "--response-lengths", "20",
-               "--output", tmp_path / "run")
+    done = run("tools/bench.py", "step", "--prompts-per-step", "16", "--minibatch", "8", "--steps", "2",
+               "--response-lengths", "20", "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["response_tokens"] == 20
@@ -19,10 +23,33 @@ def test_step(tmp_path):
         assert part in done.stdout
 
 
-def test_bad_input_is_one_clear_sentence(tmp_path):
-    done = run("bench.py", "step", "--shape", "unknown", "--output", tmp_path / "run")
-    assert done.returncode == 2 and "--shape unknown: is none of Qwen/" in done.stderr
-    done = run("bench.py", "step", "--response-lengths", "9", "--oversample", "1", "--old-logprobs", "rollout",
-               "--output", tmp_path / "run")
-    assert done.returncode == 2 and "--response-lengths and --oversample: what is gone on with" in done.stderr
-    assert "python bench.py stragglers" in run("bench.py").stderr
+@pytest.mark.parametrize("arguments, message", [
+    (["step", "--shape", "unknown"], "--shape unknown: is none of Qwen/"),
+    (["step", "--response-lengths", "9", "--oversample", "1", "--old-logprobs", "rollout"],
+     "--response-lengths and --oversample: a response that is continued"),
+    (["step", "--response-lengths", "9", "--engine", "transformers"], "--response-lengths needs vLLM"),
+    (["generate", "--rounds", "0"], "--rounds 0: must be greater than 0"),
+    (["stragglers", "--seeds", "0"], "--seeds 0: must be greater than 0")])
+def test_bad_input_is_one_clear_sentence(arguments, message, tmp_path, capsys):
+    output = ["--output", tmp_path / "run"] if arguments[0] == "step" else []
+    error = complaint(bench.main, [*arguments, *output], capsys)
+    assert message in error and error.count("\n") == 1
+
+
+def test_without_a_command_it_lists_them():
+    with pytest.raises(SystemExit, match=r"python -m tools\.bench stragglers"):
+        bench.main([])
+
+
+def test_stragglers_compares_with_waiting(capsys):
+    """By hand: 8 responses a second instead of 4, in half of the decodings."""
+    c = bench_runs.StragglerConfig(steps=2, prompts=8)
+    step = {"time/rollout": 1.0, "time/reward": 0.5, "rollout/idle": 0.25, "response_tokens": 20.0}
+    runs = {name: [bench_runs.straggler_metrics(c, [{}, {
+        **step, "seconds": seconds, "rollout/longest": longest, "eval_accuracy": 0.5}])]
+        for name, seconds, longest in (("waiting", 4.0, 100), ("at most 8 steps old", 2.0, 50))}
+    bench_runs.report_stragglers(runs)
+    printed = capsys.readouterr().out
+    assert "at most 8 steps old: 2.00 x the responses trained on per second, in 1 / 2.0 of" in printed
+    row = next(text for text in printed.splitlines() if text.startswith("waiting"))
+    assert re.findall(r"[\d.]+(?= \[)", row) == ["4.0", "1.50", "100", "0.25", "0.500", "20.0"]

@@ -4,7 +4,8 @@ import json
 import pytest
 from conftest import SHARED
 
-from data import BOXED_SUFFIX, BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render, split
+from cli import BUILTIN_MODEL, InputError
+from data import BOXED_SUFFIX, load_problems, load_tokenizer, render, split
 
 VERL = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
         "reward_model": {"ground_truth": "2"}}

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli import Clock
-from data import BUILTIN_MODEL, InputError, Problem, load_problems, load_tokenizer
+from cli import BUILTIN_MODEL, Clock, InputError
+from data import Problem, load_problems, load_tokenizer
+from engines import Response
 from inflight import InFlight
-from rollout import Response
-from run import Run
-from sppo import Baseline, Config
+from rollout import Sampler
+from sppo import Baseline, TrainConfig
 
 
 def test_every_problem_comes_once_an_epoch_in_a_new_order():
@@ -25,28 +25,26 @@ def test_every_problem_comes_once_an_epoch_in_a_new_order():
 
 def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
     """Whatever the order in which responses finish. Here a response is its answer, greedy ones are always right."""
-    run = Run.__new__(Run)
-    run.config, run.clock, run.random = Config(), Clock(device), random.Random(0)
-    run.tokenizer = load_tokenizer(BUILTIN_MODEL)
+    tokenizer = load_tokenizer(BUILTIN_MODEL)
     problems = load_problems("chain", size=6)
     asked = []
 
-    def generate(prompts, *, temperature, max_tokens, top_p, seeds, begun, until):
+    def generate(prompts, *, temperature, max_tokens, top_p, seeds, partial, pause_after, wait_for):
         asked.append((prompts, temperature))
         order = list(range(len(prompts)))
         random.Random(1).shuffle(order)
         for i in order:
             text = "greedy" if temperature[i] == 0 else "sample"
-            yield i, Response([*prompts[i], *run.tokenizer.encode(text)], [-1.0] * (len(prompts[i]) + len(text)), i % 5 > 0)
+            yield i, Response([*prompts[i], *tokenizer.encode(text)], [-1.0] * (len(prompts[i]) + len(text)), i % 5 > 0)
 
     def submit(text, answer):
         reward = Future()
         reward.set_result(float("greedy" in text))
         return reward
 
-    run.engine = SimpleNamespace(generate=generate)
-    run.verifier = SimpleNamespace(submit=submit, timeouts=0, crashes=0)
-    batch = run.sample(problems, samples=3, greedy=True)
+    verifier = SimpleNamespace(submit=submit, timeouts=0, crashes=0)
+    sampler = Sampler(TrainConfig(), tokenizer, SimpleNamespace(generate=generate), verifier, Clock(device))
+    batch = sampler.sample(problems, samples=3, greedy=True)
     assert [p.id for p in batch.problems] == [p.id for p in problems for _ in range(3)]
     for prompt, response in zip(batch.prompts, batch.responses, strict=True):
         assert response.ids[: len(prompt)] == prompt  # each response stands with the prompt that it answers
@@ -59,35 +57,40 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
 
 
 class FakeRun:
-    """A step of its engine writes one token of every response: its problem's id, with the policy's number as its
-    log-probability. A response is as long as its answer says."""
+    """A sampler whose engine writes one token of every response in a step of its own: its problem's answer, with the
+    policy's number as its log-probability. A response is as long as its answer says."""
 
     def __init__(self, lengths, **options):
-        self.config = Config(prompts_per_step=4, steps=10, old_logprobs="rollout", **options)
-        self.tokenizer = load_tokenizer(BUILTIN_MODEL)
+        self.config = TrainConfig(prompts_per_step=4, steps=10, old_logprobs="rollout", **options)
         self.problems = [Problem(i, ({"role": "user", "content": str(i)},), str(n)) for i, n in enumerate(lengths)]
-        self.clock, self.in_flight, self.policy, self.baseline = Clock(torch.device("cpu")), InFlight(self), 0, Baseline(self)
+        self.in_flight, self.policy, self.baseline = InFlight(self.config, self, self.problems), 0, Baseline(self)
+        self.clock, self.metrics, self.prompt = Clock(torch.device("cpu")), {}, lambda problem: [problem.id]
         self.baseline.expect = lambda problems: [1000 * self.policy + p.id for p in problems]
 
-    def generate(self, prompts, answers, temperatures, begun, until):
-        done, enough = {}, until(list(range(len(prompts))), 0, 1)
-        responses = [Response([*b.ids], [*b.logprobs], False) for b in begun]
+    def generate(self, prompts, answers, temperatures, partial, pause_after, wait_for):
+        done = {}
+        responses = [Response([*r.ids], [*r.logprobs], False) for r in partial]
+
+        def enough():
+            return len(done) >= pause_after and wait_for <= done.keys()
         while not enough():
             for i, r in enumerate(responses):
-                if i not in done:
+                if i not in done and not enough():
                     r.ids.append(int(answers[i]))
-                    r.logprobs.append(-self.policy)
+                    r.logprobs.append(-float(self.policy))
                     if len(r.ids) == int(answers[i]):
                         done[i] = Response(r.ids, r.logprobs, True), 1.0
-                        if enough(i):
-                            break
         return {**{i: (r, None) for i, r in enumerate(responses)}, **done}
 
     def steps(self, first, last):
-        taken = []
+        """(Batch, metrics, the Started of the batch) of each step."""
+        steps = []
         for self.policy in range(first, last + 1):
-            taken.append(self.in_flight.take(self.baseline, self.policy))
-        return taken
+            before = {s.problem.id: s for s in self.in_flight.started}
+            batch = self.in_flight.sample(self.baseline, self.policy)
+            steps.append((batch, dict(self.metrics), {p.id: before[p.id].step if p.id in before else self.policy
+                                                      for p in batch.problems}))
+        return steps
 
 
 def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
@@ -95,22 +98,24 @@ def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
     for oversample, staleness in ((1.0, 100), (3.0, 2), (0.5, 1)):
         run = FakeRun(lengths, oversample=oversample, max_staleness=staleness)
         steps = run.steps(1, 10)
-        assert all(len(taken) == 4 for taken, _ in steps) and not run.in_flight.started
-        taken = [s for taken, _ in steps for s in taken]
-        assert sorted(len(s.response.ids) for s in taken) == sorted(lengths)  # no bias: those generated, each once
-        assert {s.problem.id for s in taken} == set(range(40))
-        for s in taken:
-            assert s.expected == 1000 * s.step + s.problem.id  # when it was started, not when it is trained on
-            assert s.response.finished and s.response.ids == [int(s.problem.answer)] * len(s.response.ids)
-        ages = [step - s.step for step, (taken, _) in enumerate(steps, 1) for s in taken]
+        assert all(len(batch.responses) == 4 for batch, _, _ in steps) and not run.in_flight.started
+        responses = [r for batch, _, _ in steps for r in batch.responses]
+        assert sorted(len(r.ids) for r in responses) == sorted(lengths)  # no bias: those generated, each once
+        assert {p.id for batch, _, _ in steps for p in batch.problems} == set(range(40))
+        for batch, _, started in steps:
+            # The expectation is that of the step in which a response was started, not of the one that trains on it.
+            assert batch.expected.tolist() == [1000 * started[p.id] + p.id for p in batch.problems]
+            for p, r in zip(batch.problems, batch.responses, strict=True):
+                assert r.finished and r.ids == [int(p.answer)] * len(r.ids)
+        ages = [step - begun for step, (_, _, started) in enumerate(steps, 1) for begun in started.values()]
         assert max(ages) <= staleness + oversample  # waited for in time, and then perhaps in turn
-        assert staleness == 100 or sum(m["rollout/overdue"] for _, m in steps) > 0
+        assert staleness == 100 or sum(m["rollout/overdue"] for _, m, _ in steps) > 0
         if staleness == 100:  # each token keeps the log-probability of the policy that chose it
-            slowest = max(taken, key=lambda s: len(set(s.response.logprobs)))
-            assert len(set(slowest.response.logprobs)) > 3
-            assert slowest.response.logprobs == sorted(slowest.response.logprobs, reverse=True)
-            first, last = ([len(s.response.ids) for s in steps[i][0]] for i in (0, -1))
-            assert sum(first) < sum(last)  # the quickest came first
+            slowest = max(responses, key=lambda r: len(set(r.logprobs)))
+            assert len(set(slowest.logprobs)) > 3
+            assert slowest.logprobs == sorted(slowest.logprobs, reverse=True)
+            first, last = (steps[i][0].lengths.sum() for i in (0, -1))
+            assert first < last  # the quickest came first
 
 
 def test_what_is_in_flight_survives_a_checkpoint():
@@ -122,8 +127,9 @@ def test_what_is_in_flight_survives_a_checkpoint():
     shorter = FakeRun(lengths, oversample=2.0, max_response_tokens=2)
     with pytest.raises(InputError, match="a response in flight that has [0-9]+ tokens already"):
         shorter.in_flight.load_state_dict(run.in_flight.state_dict())
-    assert resumed.steps(5, 10) == run.steps(5, 10)
-    resumed.problems = resumed.problems[:3]
+    for (one, _, _), (other, _, _) in zip(resumed.steps(5, 10), run.steps(5, 10), strict=True):
+        assert one.responses == other.responses and torch.equal(one.expected, other.expected)
+    resumed.in_flight.problems = {i: resumed.in_flight.problems[i] for i in range(3)}
     run = FakeRun(lengths, oversample=2.0)
     run.steps(1, 2)
     with pytest.raises(InputError, match="which the dataset lacks"):

@@ -1,24 +1,22 @@
 """Micro-batches, ranks, memory and saving change nothing about what is learned."""
-import json
 import random
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, environment, run
 
 import policy
-import pretrained
+import sharded
+from cli import BUILTIN_MODEL, InputError
 from critic import PromptCritic
-from data import BUILTIN_MODEL, InputError, load_tokenizer
-from plan import Count, LiveBytes, largest_budget, phases, shape_of
-from rollout import Response
-from run import Batch, memory_line, say_memory
-from sppo import Config, clipped_policy_loss, policy_step
+from data import load_tokenizer
+from engines import Response
+from rollout import Batch
+from sppo import TrainConfig, clipped_policy_loss, policy_step
+from tools.plan import LiveBytes
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -28,9 +26,9 @@ def test_micro_batches_deal_every_row_once_and_equally_many_to_each_rank(seed, m
     lengths = [rng.randint(1, 120) for _ in range(rng.randint(1, 40))]
     shares = []
     for rank in range(world):
-        monkeypatch.setattr(policy.dist, "get_world_size", lambda: world)
-        monkeypatch.setattr(policy.dist, "get_rank", lambda rank=rank: rank)
-        shares.append(policy.micro_batches(lengths, budget))
+        monkeypatch.setattr(sharded.dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(sharded.dist, "get_rank", lambda rank=rank: rank)
+        shares.append(sharded.micro_batches(lengths, budget))
     assert sorted(row for share in shares for rows in share for row in rows) == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1
     for rows in (rows for share in shares for rows in share if len(rows) > 1):
@@ -75,10 +73,10 @@ def far(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-def test_compiling_wants_a_compiler(monkeypatch):
+def test_compiling_wants_a_compiler(monkeypatch, device):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(InputError, match="--compile: needs a C.. compiler"):
-        Config(compile=True).check()
+        policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, compile=True)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
@@ -101,17 +99,17 @@ def test_a_response_without_an_advantage_is_not_read_again_and_counts(device):
     responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (7, 4, 9, 5)]
     batch = Batch([None] * 4, [[1, 2, 3], [4, 5], [6], [7, 8]], responses, torch.zeros(4))
     batch.old_logprobs = ours.logprobs(batch.sequences) + 0.3 * torch.randn(batch.mask.shape)
-    advantages, read, score, found = torch.tensor([0.0, 1.0, 0.0, -2.0]), [], ours.score, {}
+    advantages, read, forward, found = torch.tensor([0.0, 1.0, 0.0, -2.0]), [], ours.forward, {}
     ours.optimizer.step = lambda: found.update((name, p.grad.full_tensor()) for name, p in ours.module.named_parameters())
-    ours.score = lambda sequences: read.extend(sequences) or score(sequences)
-    policy_step(ours, batch, slice(0, 4), advantages, Config())
+    ours.forward = lambda sequences: read.extend(sequences) or forward(sequences)
+    policy_step(ours, batch, range(4), advantages, TrainConfig())
     assert sorted(read) == sorted([batch.sequences[1], batch.sequences[3]])
-    loss, _ = clipped_policy_loss(score(batch.sequences)[0], batch.old_logprobs, advantages, batch.mask)
+    loss, _ = clipped_policy_loss(forward(batch.sequences)[0], batch.old_logprobs, advantages, batch.mask)
     loss.backward()
     for name, parameter in ours.module.named_parameters():
         assert far(found[name], parameter.grad.full_tensor()) < 1e-4, name
     ours.optimizer.zero_grad()
-    metrics = policy_step(ours, batch, slice(0, 4), torch.zeros(4), Config())
+    metrics = policy_step(ours, batch, range(4), torch.zeros(4), TrainConfig())
     assert not metrics["policy/skipped"] and not any(gradient.any() for gradient in found.values())
 
 
@@ -145,53 +143,8 @@ def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied)
             assert got["peak"] < 0.75 * got["size"]  # half of it for good, and a layer or two on their way
 
 
-def test_the_plan_is_what_a_step_really_holds():
-    """In a world of one, where a step can be taken: the same code on fake tensors, and with real numbers."""
-    done = run("tests/planning.py")
-    assert done.returncode == 0, done.stderr
-    for what, (planned, real) in json.loads(done.stdout.splitlines()[-1]).items():
-        print(what, planned, real)
-        assert planned == pytest.approx(real, rel=0.1), what
-
-
-def test_what_the_plan_adds_up(monkeypatch):
-    ours, its = Count(8, 8, 16, (6, 5), (20, 5)), Count(2, 2, 4, (3, 1), (9, 1))
-
-    def totals(*arguments):
-        return [sum(held.values()) for held in phases(*arguments).values()]
-    assert totals(ours, its, "", 40) == [30 + 40, 24 + 6 + 6, 32 + 20 + 6, 8 + 9 + 24]
-    assert totals(ours, its, "", 40, False) == [70, 76, 98, 81]
-    assert totals(ours, its, "--offload", 40) == [40, 6, 20, 9]
-    assert totals(ours, its, "--offload-between", 40) == [40, 8 + 6, 32 + 20, 8 + 9]
-    assert totals(ours, None, "", 40) == [24 + 40, 24 + 6, 32 + 20]
-    plans = {1000: phases(ours, its, "", 40),
-             2000: phases(Count(8, 8, 16, (7, 5), (30, 5)), Count(2, 2, 4, (4, 1), (10, 1)), "", 40)}
-    assert largest_budget(plans, 73) == 2304  # the policy's update has 58, and 10 more for every 1,000 tokens
-    assert largest_budget(plans, 47) == 0
-    said = []
-    monkeypatch.setattr("run.say", said.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11 * 2**30)
-    run_ = SimpleNamespace(planned=None, engine_memory=2 * 2**30)
-    say_memory(run_)
-    run_.planned = Future()
-    say_memory(run_)  # not yet
-    assert not said
-    run_.planned.set_result(10 * 2**30)
-    say_memory(run_)
-    say_memory(run_)
-    assert said == [memory_line(10 * 2**30, 9 * 2**30)]
-    run_.planned = Future()
-    run_.planned.set_exception(ValueError("odd model"))
-    say_memory(run_)
-    assert "could not be planned (ValueError: odd model)" in said[1]
-    assert memory_line(10 * 2**30, 9 * 2**30).endswith("10.0 GiB planned for micro-batches that are full, 9.0 measured, -10 %")
-    assert shape_of("Qwen/Qwen3-8B").head_dim == 128
-    with pytest.raises(InputError, match="is neither a folder with a config.json nor a model on the hub"):
-        shape_of("no/such")
-
-
 def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, monkeypatch):
-    """Where the device is the host, moves go nowhere; but they are made."""
+    """On a CPU the moves are no-ops, but they are made."""
     moves, to = [], torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, where: moves.append(
         (type(module).__name__, "to host" if where == "cpu" and isinstance(where, str) else "to device")) or to(module, where))
@@ -201,16 +154,17 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
     def train(between):
         options = dict(lr=1e-3, dtype="float32", checkpoint_activations=False, offload_between=between)
         ours = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, **options)
-        its = PromptCritic(BUILTIN_MODEL, device, minibatch=2, **options)
+        critic = PromptCritic(BUILTIN_MODEL, device, minibatch=2, **options)
         batch = Batch([None] * 2, prompts, responses, torch.tensor([0.0, 1.0]))
         for _ in range(2):
             batch.old_logprobs = ours.logprobs(batch.sequences)
-            logits = its.logits(prompts)
-            for _ in range(2):
-                policy_step(ours, batch, slice(0, 2), torch.tensor([-1.0, 1.0]), Config())
-            its.update(prompts, batch.rewards)
+            logits = critic.logits(prompts)
+            with ours.on_device():
+                for _ in range(2):
+                    policy_step(ours, batch, range(2), torch.tensor([-1.0, 1.0]), TrainConfig())
+            critic.update(prompts, batch.rewards)
             weights = dict(ours.weights())
-        return [logits, *weights.values(), *(tensor.full_tensor() for model in (ours, its) for state in model.state_dict()[
+        return [logits, *weights.values(), *(tensor.full_tensor() for model in (ours, critic) for state in model.state_dict()[
             "parameters"].values() for tensor in (state["weight"], state["exp_avg"], state["exp_avg_sq"]))]
 
     without, none = train(False), moves.copy()
@@ -221,40 +175,21 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
         (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host"),  # they infer
         (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host")]  # they learn; and the engine gets the weights
     with pytest.raises(InputError, match="--offload and --offload-between"):
-        Config(offload=True, offload_between=True).check()
+        TrainConfig(offload=True, offload_between=True).check()
 
 
 def test_a_model_that_moves_takes_everything_along(device):
     """Here to `meta`, the one other device that every machine has."""
     trained = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32")
     batch = Batch([None], [[1, 2]], [Response([3, 4, 5], [-1.0] * 3, True)], torch.ones(1))
-    policy_step(trained, batch, slice(0, 1), torch.ones(1), Config())
+    policy_step(trained, batch, range(1), torch.ones(1), TrainConfig())
     before = [*trained.module.parameters()]
-    trained.move("meta")
+    trained._move("meta")
     after, known = [*trained.module.parameters()], trained.optimizer.param_groups[0]["params"]
     assert all(p.to_local().is_meta for p in after)
     assert all(a is b is c for a, b, c in zip(before, after, known, strict=True))  # or the optimiser would step elsewhere
     moments = [tensor for p in after for tensor in trained.optimizer.state[p].values()]
     assert len(moments) == 3 * len(after) and all(tensor.is_meta for tensor in moments)
-
-
-@pytest.mark.parametrize("heads, shared", [(4, 1), (6, 3)])
-def test_attention_on_a_cpu_is_pytorchs(heads, shared):
-    q, k, v = (torch.randn(2, n, 37, 16, dtype=torch.bfloat16, requires_grad=True) for n in (heads, *[heads // shared] * 2))
-    ours, _ = pretrained.causal_attention(None, q, k, v, None, scaling=0.3)
-    in_full = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    theirs, _ = pretrained.causal_attention(None, *in_full, None, scaling=0.3)
-    naive = torch.zeros(2, 37, heads, 16)
-    for head in range(heads):
-        for t in range(37):
-            weights = (0.3 * (in_full[1][:, head // shared, : t + 1] @ in_full[0][:, head, t, :, None]))[..., 0].softmax(-1)
-            naive[:, t, head] = (weights[..., None] * in_full[2][:, head // shared, : t + 1]).sum(1)
-    assert far(theirs, naive) < 1e-5 and far(ours.float(), naive) < 0.02
-    direction = torch.randn_like(theirs)
-    (ours * direction.bfloat16()).sum().backward()
-    (naive * direction).sum().backward()
-    for x, y in zip((q, k, v), in_full, strict=True):
-        assert far(x.grad, y.grad) < 0.02
 
 
 def peak(tokens, how):

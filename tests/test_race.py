@@ -4,67 +4,76 @@ import math
 import re
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, complaint, run
 
-import race
+from tools.race import main
+from tools.race_results import cost_to, ratio_text, report, smooth, speed, student_interval
 
 
 def runner(name, seed, accuracy, seconds=None):
+    count, samples = len(accuracy), 8 if name == "GRPO" else 1
     return {"algorithm": name, "seed": seed, "lr": "1", "accuracy": accuracy,
-            "seconds": seconds or [10 * i for i in range(len(accuracy))], "responses": None if name == "PPO" else
-            [(8 if name == "GRPO" else 1) * i for i in range(len(accuracy))], "metrics": {}}
+            "seconds": seconds or [10 * i for i in range(count)],
+            "responses": None if name == "PPO" else [samples * i for i in range(count)], "metrics": {}}
 
 
 def test_smoothing_and_the_time_to_a_target():
-    assert race.smooth([0.0, 0.3, 0.6, 0.9]) == pytest.approx([0.0, 0.15, 0.3, 0.6])
-    assert race.cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.3) == 20
-    assert race.cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.7) == math.inf
+    assert smooth([0.0, 0.3, 0.6, 0.9]) == pytest.approx([0.0, 0.15, 0.3, 0.6])
+    assert cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.3) == 20
+    assert cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.7) == math.inf
 
 
 def test_speed_is_measured_to_grpos_best_of_the_same_seed():
-    runs = [runner("SPPO", 0, [0.5, 0.9, 0.9, 0.9]), runner("GRPO", 0, [0.5, 0.7, 0.7, 0.7], [0, 40, 80, 120]),
-            runner("SPPO", 1, [0.5, 0.5, 0.5, 0.9]), runner("GRPO", 1, [0.5, 0.5, 0.5, 0.5], [0, 40, 80, 120]),
+    slow = [0, 40, 80, 120]
+    runs = [runner("SPPO", 0, [0.5, 0.9, 0.9, 0.9]), runner("GRPO", 0, [0.5, 0.7, 0.7, 0.7], slow),
+            runner("SPPO", 1, [0.5, 0.5, 0.5, 0.9]), runner("GRPO", 1, [0.5, 0.5, 0.5, 0.5], slow),
             runner("PPO", 0, [0.5, 0.5, 0.5, 0.6]), runner("PPO", 1, [0.5, 0.5, 0.5, 0.5])]
-    ratios = race.speed(runs)
-    assert ratios["SPPO"] == [1.0, pytest.approx(math.nan, nan_ok=True)]  # on seed 1 all begin where GRPO ends
+    ratios, by_responses = speed(runs), speed(runs, clock="responses")
+    # On seed 1 all begin where GRPO ends.
+    assert ratios["SPPO"] == [1.0, pytest.approx(math.nan, nan_ok=True)]
     assert ratios["GRPO"][0] == 120 / 10 and ratios["PPO"][0] == math.inf
-    assert race.speed(runs, clock="responses")["GRPO"][0] == 24 / 1 and "PPO" not in race.speed(runs, clock="responses")
-    assert race.ratio_text([12.0, 3.0, math.inf]) == "12.0 [3.0, never]"
-    assert race.ratio_text([2.0, 0.0, math.nan]) == "1.0 [SPPO never, 2.0]" and race.ratio_text([math.nan]) == "–"
+    assert by_responses["GRPO"][0] == 24 / 1 and "PPO" not in by_responses
+    assert ratio_text([12.0, 3.0, math.inf]) == "12.0 [3.0, never]"
+    assert ratio_text([2.0, 0.0, math.nan]) == "1.0 [SPPO never, 2.0]" and ratio_text([math.nan]) == "–"
 
 
 def test_intervals_are_students():
-    assert race.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+    assert student_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
 
 
 def test_committed_tables_are_those_of_the_committed_results(tmp_path):
     results = json.loads((ROOT / "results/race.json").read_text())
     (tmp_path / "race.json").write_text(json.dumps(results))
-    done = run("race.py", "--redraw", "--results", tmp_path)
+    done = run("tools/race.py", "--redraw", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "race.md").read_text() == (ROOT / "results/race.md").read_text()
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in (ROOT / "results").iterdir()}
-    for row in re.findall(r"^\|.*\|$", race.table(results["race"]), re.M):
-        assert row in (ROOT / "README.md").read_text(), "the README's table is not that of results/race.json"
+    for page in ("README.md", "docs/measurements.md"):
+        cited = re.findall(r"0\.\d{3} ± 0\.\d{3}", (ROOT / page).read_text())
+        assert cited and all(number in report(results) for number in cited), f"{page} cites other results"
 
 
-def test_a_quick_race_goes_on_where_it_stopped(tmp_path):
-    command = ["race.py", "--quick", "--steps", "2", "--group-steps", "1", "--evaluations", "1", "--output", tmp_path,
-               "--", "--engine", "transformers", "--eval-problems", "16", "--prompts-per-step", "16", "--minibatch", "8"]
+def test_a_quick_race_continues_where_it_stopped(tmp_path):
+    command = ["tools/race.py", "--quick", "--steps", "2", "--group-steps", "1", "--evaluations", "1",
+               "--output", tmp_path, "--", "--engine", "transformers", "--eval-problems", "16",
+               "--prompts-per-step", "16", "--minibatch", "8"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"GRPO takes \d+\.\d times as long as SPPO|SPPO (does not reach|has from the start)", done.stdout)
+    assert re.search(r"GRPO takes \d+\.\d times as long|SPPO (does not|has from the start)", done.stdout)
     finished = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in tmp_path.iterdir()}
-    next(iter(finished)).joinpath("command.json").unlink()  # as if killed in it
+    killed = next(iter(finished))
+    (killed / "command.json").unlink()
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    again = [folder for folder, when in finished.items() if (folder / "metrics.jsonl").stat().st_mtime_ns != when]
-    assert again == [next(iter(finished))]
+    again = [folder for folder in finished
+             if (folder / "metrics.jsonl").stat().st_mtime_ns != finished[folder]]
+    assert again == [killed]
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (["--minibatch", "12"], "--minibatch 12: must divide"), (["--seeds", "0"], "--seeds 0: must be greater than 0"),
+@pytest.mark.parametrize("options, message", [
+    (["--minibatch", "12"], "--minibatch 12: must divide"),
+    (["--seeds", "0"], "--seeds 0: must be greater than 0"),
     (["--redraw", "--results", "nowhere"], "nowhere/race.json: there are no results to draw")])
-def test_bad_input(options, sentence, tmp_path):
-    done = run("race.py", *options, "--output", tmp_path)
-    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+def test_bad_input_is_one_clear_sentence(options, message, tmp_path, capsys):
+    error = complaint(main, [*options, "--output", tmp_path], capsys)
+    assert message in error and error.count("\n") == 1

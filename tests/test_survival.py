@@ -12,11 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, environment, metrics, run, torchrun
 
-from cli import Log
+from cli import BUILTIN_MODEL, Diverged, Log
 from critic import PromptCritic
-from data import BUILTIN_MODEL
-from policy import Diverged
-from sppo import Config
+from sppo import TrainConfig
 
 SMALL = ["--engine", "transformers", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8", "--eval-every", "3",
          "--dataset", "chain:100"]
@@ -62,7 +60,7 @@ def test_five_steps_a_kill_and_five_more_equal_ten(tmp_path, command):
         file.write('{"step": 11, "se')  # a line that was being written
     done = run(*command, tmp_path / "b", "--resume")
     assert done.returncode == 0, done.stderr
-    assert "Going on after step 5\n" in done.stdout
+    assert "Resuming after step 5\n" in done.stdout
     assert but_for_times(tmp_path / "b") == but_for_times(tmp_path / "a")
     seconds = [m["seconds"] for m in metrics(tmp_path / "b")]
     assert seconds == sorted(seconds)  # the clock went on, too
@@ -86,7 +84,7 @@ def test_on_another_number_of_ranks(two_checkpoints, tmp_path):
         done = run("sppo.py", *SMALL, "--deterministic", "--steps", "3", "--save-every", "1", "--resume", "--output", folder,
                    ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert "Going on after step 2, with --steps 3 (was 2)" in done.stdout
+        assert "Resuming after step 2, with --steps 3 (was 2)" in done.stdout
         lines.append(metrics(folder)[3])
     one, two = lines
     assert one["reward"] == two["reward"]
@@ -121,7 +119,7 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
     done = run(*resume)
     assert done.returncode == 0, done.stderr
     assert f"step-00000002 is passed over: {shard.name} is not as long as it was written" in done.stdout
-    assert "Going on after step 1" in done.stdout
+    assert "Resuming after step 1" in done.stdout
     assert [m["step"] for m in metrics(folder)] == [0, 1, 2, 3]
 
     before = (folder / "metrics.jsonl").read_bytes()
@@ -140,7 +138,7 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
         done = run(*command)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     done = run(*[option for option in resume if option != "--resume"])
-    assert done.returncode == 2 and "holds checkpoints of an earlier run; go on from them with --resume" in done.stderr
+    assert done.returncode == 2 and "holds checkpoints of an earlier run; continue from them with --resume" in done.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before  # nothing was lost
 
 
@@ -163,7 +161,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     printed, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     last = metrics(tmp_path / "run")[-1]["step"]
-    assert f"Stopped after step {last}, as told. The same command with --resume goes on from the last" in printed
+    assert f"Stopped after step {last}, as asked. To continue, run the same command with --resume" in printed
     assert checkpoints(tmp_path / "run") == [f"step-{last:08d}"]
     if number == signal.SIGTERM:  # nothing is left to train: the model is saved
         done = run("sppo.py", *SMALL, "--steps", last, "--save-every", "0", "--output", tmp_path / "run", "--resume")
@@ -175,12 +173,12 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     """But not if it comes with the first, as schedulers send them. Meanwhile nobody else may write into the folder."""
     (tmp_path / "slow.py").write_text("""
 import time
-from sppo import Baseline, Config, train
+from sppo import Baseline, TrainConfig, train
 class Slow(Baseline):
     def advantages(self, batch):
         print("step 1/ takes long", flush=True)
         time.sleep(600)
-train(Config.parse(""), Slow)
+train(TrainConfig.parse(""), Slow)
 """)
     process = started(tmp_path / "slow.py", *SMALL, "--output", tmp_path / "run")
     process.send_signal(signal.SIGINT)
@@ -199,14 +197,14 @@ train(Config.parse(""), Slow)
 def test_a_rank_that_dies_ends_the_others(tmp_path, death):
     (tmp_path / "dying.py").write_text(f"""
 import os
-from sppo import Baseline, Config, train
+from sppo import Baseline, TrainConfig, train
 class Dying(Baseline):
     def advantages(self, batch):
         if os.environ["RANK"] == "1":
             print("dies", flush=True)
             {death}
         return batch.rewards
-train(Config.parse(""), Dying)
+train(TrainConfig.parse(""), Dying)
 """)
     done = torchrun(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2)  # a hang would last two hours
     assert done.returncode != 0 and "dies" in done.stdout
@@ -244,16 +242,16 @@ def test_an_update_that_is_not_finite_is_skipped(device):
 
 def test_ten_bad_updates_stop_the_run_with_their_batch(tmp_path):
     (tmp_path / "bad.py").write_text("""
-from sppo import Baseline, Config, train
+from sppo import Baseline, TrainConfig, train
 class Bad(Baseline):
     def advantages(self, batch):
         return batch.rewards * float("nan")
-train(Config.parse(""), Bad)
+train(TrainConfig.parse(""), Bad)
 """)
     done = run(tmp_path / "bad.py", *SMALL, "--output", tmp_path / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "step 5: ten updates in a row were not finite" in done.stderr
-    assert done.stdout.count("warning: an update was not finite, and was skipped") == 1  # once for as long as it lasts
+    assert done.stdout.count("warning: an update was not finite and was skipped") == 1  # once for as long as it lasts
     lines = metrics(tmp_path / "run")
     assert lines[-1]["step"] == 4 and lines[-1]["policy/skipped"] == 1 and lines[-1]["policy/loss"] is None  # strict JSON
     rows = [json.loads(line) for line in (tmp_path / "run/diverged.jsonl").read_text().splitlines()]
@@ -336,7 +334,7 @@ def test_a_full_disk_for_what_it_prints(tmp_path):
 
 def test_a_full_disk_while_logging(tmp_path, capsys):
     """Lines that could not be written are written later, each once, even if the disk took half of one."""
-    log = Log(Config(output=str(tmp_path), steps=4))
+    log = Log(TrainConfig(output=str(tmp_path), steps=4))
     file, room = log.file, [10**6]  # bytes
 
     class Disk:

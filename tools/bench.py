@@ -1,18 +1,18 @@
 """Where the seconds of a step go, and how that compares.
 
-    python bench.py step --model M            one training step by phase, with sppo.py's options: real lengths, real loop
-    python bench.py step --shape NAME         the same on random weights of a published shape: nothing is downloaded
-    python bench.py generate --model M        sampling through rollout.py beside plain vllm.LLM.generate
-    python bench.py sync --model M            handing the engine new weights beside copying their bytes
-    python bench.py stragglers                --oversample beside waiting for all, where lengths have a long tail
-    python bench.py trl --model M             grpo.py and sppo.py beside TRL's GRPOTrainer (pip install trl)
+    python -m tools.bench step --model M        one training step by phase, with sppo.py's options
+    python -m tools.bench step --shape NAME     the same with random weights of a published shape: no download
+    python -m tools.bench generate --model M    sampling through rollout.py beside plain vllm.LLM.generate
+    python -m tools.bench sync --model M        handing new weights to the engine beside copying as many bytes
+    python -m tools.bench stragglers            --oversample beside waiting for all responses
+    python -m tools.bench trl --model M         grpo.py and sppo.py beside TRL's GRPOTrainer (pip install trl)
 
-Machines are noisy: what is compared runs side by side, in turns, and the ratio is what counts.
+Machines are noisy. What is compared takes turns on the same machine, and the ratio is what counts.
+`stragglers` and `trl` are in tools/bench_runs.py.
 """
+import importlib.util
 import json
 import math
-import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -21,23 +21,36 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import sppo
-from cli import CommandLine, clear_errors, option, say
-
-# isort: split
 import torch
 import torch.distributed as dist
 
-from data import BUILTIN_MODEL, InputError, load_problems, load_tokenizer, render
-from plan import SHAPES, shape_of
-from policy import init_distributed, micro_batches
-from race import metrics_of
+import sppo
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
+from data import check_model, load_problems, load_tokenizer, render
+from engines import VLLMEngine, stop_tokens
+from policy import Policy
 from reward import Verifier
-from rollout import make_engine, sample_and_verify, stop_tokens
+from rollout import sample_and_verify
+from sharded import compute_dtype, init_distributed, micro_batches
+from tools.bench_runs import need, stragglers, trl
+from tools.plan import SHAPES, shape_of
 
-ROOT = Path(__file__).resolve().parent
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # kernels run behind the host's back
+    return time.perf_counter()
+
+
+def memory(device, peak=False):
+    """GiB that the tensors on a GPU hold, or this process without one; with `peak`, held at most."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
+    line = rf"Vm{'HWM' if peak else 'RSS'}:\s+(\d+)"
+    return int(re.search(line, Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def matmul_rate(device, dtype, seconds=1.0):
@@ -55,12 +68,13 @@ def matmul_rate(device, dtype, seconds=1.0):
 
 
 def products_rate(lm, tokens, device, dtype):
-    """Operations per second of the three products that training makes of each weight [out, in] and `tokens` states:
-    forward, gradient of the input, gradient of the weight. No update of this model can be faster."""
+    """Operations per second of the three products that training makes of each weight [out, in] and `tokens`
+    states: forward, gradient of the input, gradient of the weight. No update of this model can be faster."""
     shapes = [tuple(m.weight.shape) for m in lm.modules() if isinstance(m, torch.nn.Linear)]
     seconds = {}
     for out, into in set(shapes):
-        x, g, w = (torch.randn(*size, device=device).to(dtype) for size in ((tokens, into), (tokens, out), (out, into)))
+        sizes = (tokens, into), (tokens, out), (out, into)
+        x, g, w = (torch.randn(*size, device=device).to(dtype) for size in sizes)
         times = []
         for _ in range(3):
             begun = now(device)
@@ -70,22 +84,76 @@ def products_rate(lm, tokens, device, dtype):
     return sum(6 * tokens * out * into for out, into in shapes) / sum(seconds[shape] for shape in shapes)
 
 
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# ---- one step by phase -------------------------------------------------------------------------------------
+
+@dataclass
+class StepConfig(sppo.TrainConfig):
+    shape: str | None = option(None, f"random weights of one of {', '.join(SHAPES)}", group="bench step")
+    response_lengths: str | None = option(None, "N, or MEDIAN:SIGMA (log-normal): tokens of each response")
+
+    def check(self):
+        if self.shape and self.shape not in SHAPES:
+            raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
+        if self.response_lengths and self.oversample:
+            raise InputError("--response-lengths and --oversample: a response that is continued would get "
+                             "another length; choose")
+        if self.response_lengths and (self.engine == "transformers" or not importlib.util.find_spec("vllm")):
+            raise InputError("--response-lengths needs vLLM: transformers writes a batch to one length")
+        super().check()
 
 
-def memory(device, peak=False):
-    """GiB that the GPU's tensors hold, or this process; with `peak`, that they have held at most."""
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
-    return int(re.search(rf"Vm{'HWM' if peak else 'RSS'}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+class MeasuredSPPO(sppo.SPPO):
+    """SPPO that also notes what the phases had to do. With --response-lengths, the engine keeps to them."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.tokens = []  # of each step: all tokens, the same with padding, tokens of responses
+        self.memory = []  # after each step
+        self.rates = []  # of matrix products, before each step: a shared machine changes its speed
+        self.dtype, start_step = getattr(torch, run.config.dtype), run.clock.start_step
+
+        def measured_start():
+            self.measure_rate()
+            start_step()
+        run.clock.start_step = measured_start
+        if run.config.response_lengths:
+            set_lengths(run.engine, run.config.response_lengths, run.config.seed)
+
+    def measure_rate(self):
+        self.rates.append(matmul_rate(self.run.device, self.dtype))
+
+    def advantages(self, batch):
+        lengths, c = [len(p) + len(r) for p, r in batch.sequences], self.run.config
+        padded = torch.tensor(0)
+        for start in range(0, len(lengths), c.minibatch):
+            part = lengths[start : start + c.minibatch]
+            padded += sum(len(rows) * max(part[row] for row in rows)
+                          for rows in micro_batches(part, c.micro_batch_tokens) if rows)
+        dist.all_reduce(padded)  # each rank counted its own rows
+        self.tokens.append((sum(lengths), int(padded), int(batch.lengths.sum())))
+        return super().advantages(batch)
+
+    def update(self, batch):
+        metrics = super().update(batch)
+        self.memory.append(memory(self.run.device))
+        return metrics
+
+
+def set_lengths(engine, lengths, seed):
+    """Makes the engine write responses of these lengths: it stops at no token, and each has its limit."""
+    median, _, sigma = lengths.partition(":")
+    rng, generate, engine.stop = random.Random(seed), engine.generate, []
+
+    def with_lengths(prompts, max_tokens, **options):
+        drawn = [rng.lognormvariate(math.log(float(median)), float(sigma or 0)) for _ in prompts]
+        return generate(prompts, max_tokens=[round(min(max_tokens, max(1, n))) for n in drawn], **options)
+    engine.generate = with_lengths
 
 
 def random_model(shape, folder):
-    """A Hugging Face folder with random weights of a published shape, and the built-in tokenizer."""
+    """Writes a Hugging Face folder with random weights of a published shape, and the built-in tokenizer."""
     from transformers import AutoModelForCausalLM
+    shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(shape_of(shape))
@@ -93,335 +161,164 @@ def random_model(shape, folder):
     load_tokenizer(BUILTIN_MODEL).save_pretrained(folder)
 
 
-# ---- one step by phase ----------------------------------------------------------------------------------------------
-
-@dataclass
-class StepConfig(sppo.Config):
-    shape: str | None = option(None, f"random weights of one of {', '.join(SHAPES)}")
-    response_lengths: str | None = option(None, "N, or MEDIAN:SIGMA (log-normal): lengths to which all is sampled")
-
-    def check(self):
-        if self.shape and self.shape not in SHAPES:
-            raise InputError(f"--shape {self.shape}: is none of {', '.join(SHAPES)}")
-        if self.response_lengths and self.oversample:
-            raise InputError("--response-lengths and --oversample: what is gone on with would be given another length; choose")
-        super().check()
-
-
-class Measured(sppo.SPPO):
-    """SPPO, which also notes what the phases had to do. With --response-lengths, the engine keeps to them."""
-
-    def __init__(self, run):
-        super().__init__(run)
-        self.seen, self.held, c = [], [], run.config  # per step: tokens, with padding, of responses; and memory after it
-        self.rates, start_step = [], run.clock.start_step
-
-        def measured_start():  # before every step, since a shared machine is not equally fast for long
-            self.rates.append(matmul_rate(run.device, getattr(torch, c.dtype)))
-            start_step()
-        run.clock.start_step = measured_start
-        if c.response_lengths:
-            median, _, sigma = c.response_lengths.partition(":")
-            rng, generate, run.engine.stop = random.Random(c.seed), run.engine.generate, []
-
-            def with_lengths(prompts, max_tokens, **options):
-                lengths = [round(min(max_tokens, max(1, rng.lognormvariate(math.log(float(median)), float(sigma or 0)))))
-                           for _ in prompts]
-                return generate(prompts, max_tokens=lengths, **options)
-            run.engine.generate = with_lengths
-
-    def advantages(self, batch):
-        lengths = [len(p) + len(r) for p, r in batch.sequences]
-        size, c = self.run.config.minibatch, self.run.config
-        padded = sum(len(rows) * max(lengths[i : i + size][row] for row in rows) for i in range(0, len(lengths), size)
-                     for rows in micro_batches(lengths[i : i + size], c.micro_batch_tokens) if rows)
-        padded = torch.tensor(padded)
-        dist.all_reduce(padded)  # each rank counted its own rows
-        self.seen.append((sum(lengths), int(padded), int(batch.lengths.sum())))
-        return super().advantages(batch)
-
-    def update(self, batch):
-        metrics = super().update(batch)
-        self.held.append(memory(self.run.device))
-        return metrics
-
-
 def step(arguments):
-    arguments = ["--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3", *arguments]
+    """Trains for a few steps with sppo.py's loop, and prints where the time went."""
+    arguments = ["--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3",
+                 *arguments]
     config = StepConfig.parse(__doc__, arguments)
-    shutil.rmtree(config.output, ignore_errors=True)
-    if config.shape in SHAPES:  # with the defaults of a real model, not of the built-in one
-        config = StepConfig.parse(__doc__, ["--model", f"{config.output}/random-weights", "--dataset", "chain", *arguments])
+    if config.shape in SHAPES:  # parsed again, for the defaults of a real model and not of the built-in one
+        folder = f"{config.output}/random-weights"
+        config = StepConfig.parse(__doc__, ["--model", folder, "--dataset", "chain", *arguments])
         random_model(config.shape, config.model)
-    dtype = getattr(torch, config.dtype)
-    it = None
+    baselines = []
 
-    def make(run):
-        nonlocal it
-        it = Measured(run)
-        return it
-    sppo.train(config, make)
-    run = it.run
-    it.rates.append(matmul_rate(run.device, dtype))
-    lm = run.policy.module.lm
+    def make_baseline(run):
+        baselines.append(MeasuredSPPO(run))
+        return baselines[0]
+    sppo.train(config, make_baseline)
+    baselines[0].measure_rate()
+    report_step(config, baselines[0])
+
+
+def report_step(config, measured):
+    """Prints the phases of the mean step, and the update's speed beside that of matrix products."""
+    policy, device = measured.run.policy, measured.run.device
+    text = (Path(config.output) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()][1:]
+    lm = policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
-    size = run.policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
-    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()][1:]
-    products = products_rate(lm, min(config.micro_batch_tokens, int(it.seen[-1][0])), run.device, dtype)
-    warm = slice(1, None) if len(lines) > 1 else slice(None)  # the first step allocates, compiles and warms caches
-    lines, seen, rates = lines[warm], it.seen[warm], it.rates[warm]
+    in_products = policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
+    most_tokens = min(config.micro_batch_tokens, measured.tokens[-1][0])
+    products = products_rate(lm, most_tokens, device, measured.dtype)
+    warm = slice(1 if len(lines) > 1 else 0, None)  # the first step allocates, compiles and fills caches
+    lines, rates = lines[warm], measured.rates[warm]
     rate = statistics.mean(rates)
-    tokens, padded, generated = (statistics.mean(column) for column in zip(*seen, strict=True))
-
-    def seconds(phase):
-        return statistics.mean(m.get(f"time/{phase}", 0.0) for m in lines)
-    whole, update = seconds("step"), seconds("update")
-    say(f"\n{config.shape or config.model}, {run.policy.size / 1e6:,.1f}M parameters, {config.dtype}; "
+    tokens, padded, generated = map(statistics.mean, zip(*measured.tokens[warm], strict=True))
+    names = ("rollout", "reward", "logprobs", "update", "critic", "sync", "step")
+    seconds = {name: statistics.mean(m.get(f"time/{name}", 0.0) for m in lines) for name in names}
+    say(f"\n{config.shape or config.model}, {policy.size / 1e6:,.1f}M parameters, {config.dtype}; "
         f"{config.prompts_per_step} prompts a step, {tokens:,.0f} tokens with {generated:,.0f} of responses; "
         f"mean of {len(lines)} steps after the first\n")
-    for phase in ("rollout", "reward", "logprobs", "update", "critic", "sync"):
-        say(f"  {phase:<10} {seconds(phase):>8.2f} s  {100 * seconds(phase) / whole:>5.1f} %")
-    main_four = sum(seconds(phase) for phase in ("rollout", "logprobs", "update", "critic"))
-    say(f"  {'step':<10} {whole:>8.2f} s\n")
-    say(f"  neither generation, log-probabilities, update nor critic: {100 * (1 - main_four / whole):.1f} % of the step")
-    say(f"  rollout {generated / seconds('rollout'):,.0f} tokens/s; update {tokens / update:,.0f} tokens/s")
-    say(f"  update {6 * size * tokens / update / 1e12:.3f} TFLOP/s (6 x parameters x tokens), matrix products alone "
+    for name in names[:-1]:
+        say(f"  {name:<10} {seconds[name]:>8.2f} s  {100 * seconds[name] / seconds['step']:>5.1f} %")
+    say(f"  {'step':<10} {seconds['step']:>8.2f} s\n")
+    main_four = sum(seconds[name] for name in ("rollout", "logprobs", "update", "critic"))
+    say("  neither generation, log-probabilities, update nor critic: "
+        f"{100 * (1 - main_four / seconds['step']):.1f} % of the step")
+    say(f"  rollout {generated / seconds['rollout']:,.0f} tokens/s; "
+        f"update {tokens / seconds['update']:,.0f} tokens/s")
+    speed = 6 * in_products * tokens / seconds["update"]  # 6: forward and backward make 2 + 4 operations
+    say(f"  update {speed / 1e12:.3f} TFLOP/s (6 x parameters x tokens), matrix products alone "
         f"{rate / 1e12:.3f} ({', '.join(f'{r / 1e12:.3f}' for r in rates)} before, between and after): "
-        f"{100 * 6 * size * tokens / update / rate:.0f} %")
+        f"{100 * speed / rate:.0f} %")
     say(f"  the products of this model's own shapes, and nothing else, make {products / 1e12:.3f}: "
         f"{100 * products / rate:.0f} %")
     say(f"  padding {100 * (1 - tokens / padded):.1f} % of the update's tokens")
-    say(f"  memory: peak {memory(run.device, peak=True):.1f} GiB; {it.held[0]:.2f} after step 1, "
-        f"{it.held[len(it.held) // 2]:.2f} halfway, {it.held[-1]:.2f} after step {len(it.held)}")
+    held = measured.memory
+    say(f"  memory: peak {memory(device, peak=True):.1f} GiB; {held[0]:.2f} after step 1, "
+        f"{held[len(held) // 2]:.2f} halfway, {held[-1]:.2f} after step {len(held)}")
 
 
-# ---- parts beside what they are made of -----------------------------------------------------------------------------
+# ---- parts beside what they are made of --------------------------------------------------------------------
 
 @dataclass
 class PartConfig(CommandLine):
     model: str = option(BUILTIN_MODEL, "a Hugging Face name or folder")
     dataset: str = option("chain", "where prompts come from")
-    prompts: int = option(64, "prompts")
-    tokens: int = option(128, "new tokens per prompt")
-    rounds: int = option(5, "turns of each")
-    dtype: str = option("bfloat16", "compute type")
-    BUILTIN = {}
+    prompts: int = option(64, "prompts", positive=True)
+    tokens: int = option(128, "new tokens per prompt", positive=True)
+    rounds: int = option(5, "turns of each", positive=True)
+    dtype: str = option("auto", "compute type, as sppo.py's")
+
+    def check(self):
+        super().check()
+        need("vllm")
 
 
-def start(c):
-    device, tokenizer = init_distributed(), load_tokenizer(c.model)
-    problems = load_problems(c.dataset)[: c.prompts]
-    engine = make_engine("vllm", c.model, device, stop=stop_tokens(c.model, tokenizer), max_tokens=1024 + c.tokens,
-                         dtype=c.dtype)
-    return device, tokenizer, problems, [render(p.messages, tokenizer) for p in problems], engine
+def start_part(arguments):
+    """(config, device, problems, their prompts as token ids, a vLLM engine) for `generate` and `sync`."""
+    c = PartConfig.parse(__doc__, arguments)
+    c.check()
+    tokenizer, problems = load_tokenizer(c.model), load_problems(c.dataset)[: c.prompts]
+    prompts = [render(p.messages, tokenizer) for p in problems]
+    max_tokens = max(map(len, prompts)) + c.tokens
+    check_model(c.model, max_tokens, options="--tokens")
+    device = init_distributed()
+    c.dtype = compute_dtype(c.dtype, device)
+    engine = VLLMEngine(c.model, device, stop=stop_tokens(c.model, tokenizer), dtype=c.dtype,
+                        max_tokens=max_tokens)
+    return c, device, problems, prompts, engine
 
 
 def generate(arguments):
-    c = PartConfig.parse(__doc__, arguments)
-    device, tokenizer, problems, prompts, engine = start(c)
-    verifier, spent = Verifier(2, 1.0), {"LLM.generate": [], "rollout.py, verified": []}
-    params = engine.SamplingParams(temperature=1.0, max_tokens=c.tokens, stop_token_ids=engine.stop, ignore_eos=True,
-                                   logprobs=0, flat_logprobs=True, detokenize=False)
+    """Prints the tokens a second of plain vLLM, and of rollout.py with verification, in turns."""
+    c, device, problems, prompts, engine = start_part(arguments)
+    tokenizer, verifier = load_tokenizer(c.model), Verifier(2, 1.0)
+    params = engine.SamplingParams(temperature=1.0, max_tokens=c.tokens, stop_token_ids=engine.stop,
+                                   ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False)
+
+    def plain():
+        outputs = engine.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def verified():
+        done = list(sample_and_verify(engine, verifier, tokenizer, prompts, [p.answer for p in problems],
+                                      temperature=1.0, max_tokens=c.tokens))
+        for *_, reward in done:
+            reward.result()
+        return sum(len(response.ids) for _, response, _, _ in done)
+    rates = {plain: [], verified: []}
     for turn in range(c.rounds + 1):
-        for name, times in spent.items():
+        for sample, values in rates.items():
             begun = now(device)
-            if name == "LLM.generate":
-                count = sum(len(o.outputs[0].token_ids) for o in engine.llm.generate(
-                    [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False))
-            else:
-                done = list(sample_and_verify(engine, verifier, tokenizer, prompts, [p.answer for p in problems],
-                                              temperature=1.0, max_tokens=c.tokens))
-                _ = [reward.result() for *_, reward in done]
-                count = sum(len(r.ids) for _, r, _, _ in done)
+            count = sample()
             if turn:  # the first warms up
-                times.append(count / (now(device) - begun))
-    rates = {name: statistics.median(times) for name, times in spent.items()}
-    for name, rate in rates.items():
-        say(f"{name:<22} {rate:>10,.0f} tokens/s  (turns: {' '.join(f'{r:,.0f}' for r in spent[name])})")
-    say(f"ratio {rates['rollout.py, verified'] / rates['LLM.generate']:.3f}")
+                values.append(count / (now(device) - begun))
+    for name, values in zip(("LLM.generate", "rollout.py, verified"), rates.values(), strict=True):
+        say(f"{name:<22} {statistics.median(values):>10,.0f} tokens/s  (turns: "
+            f"{' '.join(f'{value:,.0f}' for value in values)})")
+    say(f"ratio {statistics.median(rates[verified]) / statistics.median(rates[plain]):.3f}")
     verifier.close()
     engine.close()
 
 
 def sync(arguments):
-    from policy import Policy
-    c = PartConfig.parse(__doc__, arguments)
-    device, *_, engine = start(c)
+    """Prints the time of handing the weights to the engine, and that of copying as many bytes, in turns."""
+    c, device, *_, engine = start_part(arguments)
     policy = Policy(c.model, device, temperature=1.0, lr=1e-6, dtype=c.dtype)
-    times = {"sync": [], "copy": [], "cast": []}
+    times = {"sync": [], "gather": [], "copy": []}
     for _ in range(c.rounds + 1):
         begun = now(device)
         engine.sync(policy.weights())
         times["sync"].append(now(device) - begun)
         begun = now(device)
         weights = [tensor for _, tensor in policy.weights()]
-        times["cast"].append(now(device) - begun)
+        times["gather"].append(now(device) - begun)
         into = [torch.empty_like(tensor) for tensor in weights]
-        for a, b in zip(into, weights, strict=True):
-            a.copy_(b)
-        begun = now(device)
-        for a, b in zip(into, weights, strict=True):
-            a.copy_(b)
-        times["copy"].append(now(device) - begun)
+        for _ in range(2):  # the second counts: memory is taken when it is first written
+            begun = now(device)
+            for a, b in zip(into, weights, strict=True):
+                a.copy_(b)
+            copied = now(device) - begun
+        times["copy"].append(copied)
     size = sum(t.numel() * t.element_size() for t in weights)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    say(f"{size / 1e6:,.0f} MB of weights: sync {1000 * medians['sync']:.0f} ms, of which cast and gather "
-        f"{1000 * medians['cast']:.0f} ms; copying as many bytes {1000 * medians['copy']:.0f} ms; "
-        f"ratio {medians['sync'] / medians['copy']:.1f}")
+    ms = {name: 1000 * statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
+    say(f"{size / 1e6:,.0f} MB of weights: sync {ms['sync']:.0f} ms, of which cast and gather "
+        f"{ms['gather']:.0f} ms; copying as many bytes {ms['copy']:.0f} ms; ratio "
+        f"{ms['sync'] / ms['copy']:.1f}")
     engine.close()
 
 
-# ---- stragglers -----------------------------------------------------------------------------------------------------
-
-@dataclass
-class StragglerConfig(CommandLine):
-    output: str = option("runs/bench-stragglers", "folder of the runs")
-    seeds: int = option(3, "runs of each")
-    steps: int = option(40, "training steps of each run")
-    prompts: int = option(64, "prompts a step")
-    oversample: float = option(1.5, "as sppo.py's --oversample")
-    max_staleness: tuple[int, ...] = option((16, 4), "as sppo.py's; each is tried")
-    ranks: int = option(2, "processes, each with one thread and an engine of its own")
-    engine: Literal["vllm", "transformers"] = option("vllm", "what samples")
-    lr: float = option(1.5e-4, "learning rate; with 0 nothing is learned, and lengths stay what they are")
-    BUILTIN = {}
+COMMANDS = {"step": step, "generate": generate, "sync": sync, "stragglers": stragglers, "trl": trl}
 
 
-def stragglers(arguments):
-    c = StragglerConfig.parse(__doc__, arguments)
-    model = Path(c.output) / "model"
-    if not (model / "model.safetensors").exists():
-        say(f"Making a model whose lengths have a long tail, in {model}")
-        sys.path.insert(0, str(ROOT / "builtin"))
-        from make import make_rambling
-        make_rambling(model, median=16, sigma=1.4, most=1000)  # a reasoning model's lengths, on a task that can be learned
-    settings = {"waiting": [], **{f"at most {age} steps old": ["--oversample", c.oversample, "--max-staleness", age]
-                                  for age in c.max_staleness}}
-    runs = {name: [] for name in settings}
-    for seed in range(c.seeds):
-        for name, options in settings.items():  # in turns
-            lines = metrics_of(Path(c.output) / f"{c.engine}-{name.replace(' ', '-')}-lr{c.lr:g}-{seed}", [
-                "sppo.py", "--model", model, "--engine", c.engine, "--temperature", 1, "--max-prompt-tokens", 64,
-                "--max-response-tokens", 1050, "--dtype", "float32", "--no-checkpoint-activations", "--lr", c.lr,
-                "--critic-lr", 1e-3, "--warmup-steps", 0, "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps,
-                "--prompts-per-step", c.prompts, "--minibatch", c.prompts // 2, "--steps", c.steps,
-                "--old-logprobs", "rollout", "--seed", seed, *options], ranks=c.ranks)
-            runs[name].append(lines)
-            say(f"  seed {seed}  {name:<24} {lines[-1]['seconds']:6.1f} s  accuracy {lines[0]['eval_accuracy']:.3f} -> "
-                f"{lines[-1]['eval_accuracy']:.3f}")
-    say(f"\n{c.steps} steps of {c.prompts} responses, {c.seeds} seeds: mean [lowest, highest]\n")
-    say(f"{'':<22}{'responses/s':>20}{'sampling, s a step':>20}{'decodings a step':>20}{'places idle':>19}{'accuracy':>22}"
-        f"{'tokens trained on':>20}")
-    means = {}
-    for name, all_lines in runs.items():
-        columns = [  # where a rank waits for the others, it is in time/reward
-            [c.steps * c.prompts / lines[-1]["seconds"] for lines in all_lines],
-            [statistics.mean(m["time/rollout"] + m["time/reward"] for m in lines[1:]) for lines in all_lines],
-            [statistics.mean(m["rollout/longest"] for m in lines[1:]) for lines in all_lines],
-            [statistics.mean(m["rollout/idle"] for m in lines[1:]) for lines in all_lines],
-            [lines[-1]["eval_accuracy"] for lines in all_lines],
-            [statistics.mean(m["response_tokens"] for m in lines[1:]) for lines in all_lines]]
-        means[name] = [statistics.mean(x) for x in columns]
-        say(f"{name:<22}" + "".join(f"{f'{statistics.mean(x):.{d}f} [{min(x):.{d}f}, {max(x):.{d}f}]':>{w}}" for x, w, d in
-                                    zip(columns, (20, 20, 20, 19, 22, 20), (1, 2, 0, 2, 3, 1), strict=True)))
-    for name, values in list(means.items())[1:]:
-        say(f"\n{name}: {values[0] / means['waiting'][0]:.2f} x the responses trained on per second, in 1 / "
-            f"{means['waiting'][2] / values[2]:.1f} of the decodings")
-
-
-# ---- beside TRL -----------------------------------------------------------------------------------------------------
-
-@dataclass
-class TrlConfig(CommandLine):
-    model: str = option(BUILTIN_MODEL, "a chat model: a Hugging Face name or folder")
-    dataset: str = option("chain", "a dataset whose answers are numbers")
-    output: str = option("runs/bench-trl", "folder of the runs")
-    prompts: int = option(8, "prompts a step, of grpo.py and TRL; sppo.py has as many as these have samples")
-    group_size: int = option(8, "samples per prompt")
-    tokens: int = option(64, "new tokens at most")
-    lr: float = option(1e-5, "learning rate")
-    steps: int = option(3, "steps of grpo.py, before TRL and after it")
-    trl_steps: int = option(6, "steps of TRL")
-    sppo_steps: int = option(20, "steps of sppo.py")
-    threads: int = option(os.cpu_count(), "threads of each")
-    BUILTIN = {}
-
-
-def trl_run(c):
-    """[(seconds, mean reward)] of each step of TRL's GRPOTrainer, as its users run it without a GPU."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from reward import verify
-    torch.set_num_threads(c.threads)
-    steps, begun = [], []
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            begun.append(time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            steps.append(time.perf_counter() - begun[-1])
-
-    def reward(completions, answer, **_):
-        scores = [verify(completion[0]["content"], gold, "any") for completion, gold in zip(completions, answer, strict=True)]
-        rewards.append(statistics.mean(scores))
-        return scores
-    rewards = []
-    trainer = GRPOTrainer(
-        model=c.model, reward_funcs=reward, callbacks=[Watch()],
-        train_dataset=Dataset.from_list([{"prompt": list(p.messages), "answer": p.answer} for p in load_problems(c.dataset)]),
-        args=GRPOConfig(
-            output_dir=f"{c.output}/trl", per_device_train_batch_size=c.prompts * c.group_size, num_generations=c.group_size,
-            max_completion_length=c.tokens, learning_rate=c.lr, lr_scheduler_type="constant", beta=0.0, temperature=1.0,
-            max_steps=c.trl_steps, bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True))
-    trainer.train()
-    return list(zip(steps, rewards, strict=True))
-
-
-def trl(arguments):
-    c = TrlConfig.parse(__doc__, arguments)
-
-    def ours(script, name, *options):
-        shutil.rmtree(Path(c.output) / name, ignore_errors=True)  # side by side in time, or it is no comparison
-        lines = metrics_of(Path(c.output) / name, [
-            script, "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1, "--lr", c.lr,
-            "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens, "--no-checkpoint-activations", "--compile",
-            "--warmup-steps", 0, "--save-every", 0, "--eval-every", 0, *options], threads=c.threads)
-        return [(m["time/step"], m["reward"]) for m in lines if m["step"]]
-
-    group = ["--prompts-per-step", c.prompts, "--minibatch", c.prompts, "--group-size", c.group_size, "--steps", c.steps]
-    samples = c.prompts * c.group_size
-    say(f"{c.model}: {samples} samples a step, at most {c.tokens} tokens, bfloat16, {c.threads} threads; seconds a step are "
-        "median and range after the first\n")
-
-    def ran(name, steps):
-        """Says at once what is known of a run, as the next may take long. Returns its seconds a step."""
-        times, spent, by_minute = [seconds for seconds, _ in steps], 0.0, {}
-        for seconds, reward in steps:
-            spent += seconds
-            by_minute.setdefault(int(spent // 60), []).append(reward)
-        median = statistics.median(times[1:])
-        say(f"{name:<18} {median:>7.1f} s a step [{min(times[1:]):.1f}, {max(times[1:]):.1f}]; "
-            f"{sum(times):.0f} s in all; mean reward by minute  "
-            + "  ".join(f"{minute}: {statistics.mean(r):.2f}" for minute, r in by_minute.items()))
-        return median
-
-    before = ran("grpo.py", ours("grpo.py", "grpo-1", *group))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, whose gigabytes end with it
-        theirs = ran("TRL GRPOTrainer", pool.apply(trl_run, (c,)))
-    after = ran("grpo.py again", ours("grpo.py", "grpo-2", *group))
-    ran(f"sppo.py, {samples} x 1", ours("sppo.py", "sppo", "--prompts-per-step", samples, "--minibatch", samples,
-                                        "--steps", c.sppo_steps, "--critic-lr", 2 * c.lr))
-    say(f"\none step of TRL takes {theirs / ((before + after) / 2):.2f} x the time of one of grpo.py")
-
-
-BENCHMARKS = {"step": step, "generate": generate, "sync": sync, "stragglers": stragglers, "trl": trl}
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in COMMANDS:
         sys.exit(__doc__)
     with clear_errors():
-        BENCHMARKS[sys.argv[1]](sys.argv[2:])
+        COMMANDS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cli import InputError, clear_errors, say
 from eval import bootstrap_interval, label
-from rollout import rank_files, read_records
+from rollout import read_rollouts
 
 # ---- two evaluations --------------------------------------------------------------------------------------
 
@@ -29,13 +29,13 @@ def averages(records):
 
 def read_both(first, second):
     """The records of the two files. Warns of what makes a comparison doubtful."""
-    (settings_a, a), (settings_b, b) = read_records(first), read_records(second)
+    (settings_a, a), (settings_b, b) = read_rollouts(first), read_rollouts(second)
     for name, value in (settings_a or {}).items():
         if name not in ("model", "weights") and value != (settings_b or {}).get(name):
             say(f"warning: {name} differs: {value} in A, {(settings_b or {}).get(name)} in B")
     for path, records in ((first, a), (second, b)):
         samples = Counter((benchmark, problem) for benchmark, problem, _ in records)
-        if len(set(samples.values())) > 1 or rank_files(path):
+        if len(set(samples.values())) > 1:
             say(f"warning: {path} is incomplete: its evaluation was stopped. Run the same command again")
     return a, b
 
@@ -92,7 +92,7 @@ def last_box(record):
 
 def recheck(path):
     """Prints how often math-verify over the text's last box agrees with the rewards, and where not."""
-    _, records = read_records(path)
+    _, records = read_rollouts(path)
     counts, differing, pool = Counter(), [], None
     for r in tqdm(records.values(), unit="response", disable=None):
         if not last_box(r):

@@ -69,8 +69,8 @@ class RaceConfig(CommandLine):
         super().check()
         if self.prompts_per_step % self.minibatch or self.minibatch % GROUP:
             raise InputError(
-                f"--minibatch {self.minibatch}: must divide --prompts-per-step {self.prompts_per_step} and be "
-                f"a multiple of {GROUP}, so that groups of {GROUP} can make as many samples")
+                f"--minibatch {self.minibatch}: must divide --prompts-per-step {self.prompts_per_step} and "
+                f"be a multiple of {GROUP}, so that groups of {GROUP} can make as many samples")
 
 
 def race(c, extra):
@@ -143,13 +143,13 @@ def metrics_of(folder, command, ranks=1, threads=1):
         shutil.rmtree(folder, ignore_errors=True)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         ended = subprocess.run(
-            [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / script), *options,
-             "--output", str(folder)], text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            [sys.executable, *(torchrun if ranks > 1 else []), ROOT / script, *options, "--output", folder],
+            text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         # A run that was told to stop ends with code 0, but without a trained model.
         if ended.returncode or not (folder / "model").exists():
             raise InputError(
-                f"`python {' '.join(this['command'])}` ended with code {ended.returncode} before its last step; "
-                f"the same command continues from here. It said: {ended.stderr.strip()[-1500:]}")
+                f"`python {' '.join(this['command'])}` ended with code {ended.returncode} before its last "
+                f"step; the same command continues from here. It said: {ended.stderr.strip()[-1500:]}")
         shutil.rmtree(folder / "model", ignore_errors=True)
         file.write_text(json.dumps(this))  # last, so that a run that was killed has none
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -35,14 +35,14 @@ def smooth(accuracy):
 
 
 def cost_to(run, target, clock="seconds"):
-    """Seconds of training, or responses sampled, until smoothed accuracy reaches `target`; infinite if never."""
+    """Seconds of training, or responses sampled, until smoothed accuracy is at `target`, or infinity."""
     evaluations = zip(run[clock], smooth(run["accuracy"]), strict=True)
     return next((cost for cost, accuracy in evaluations if accuracy >= target), math.inf)
 
 
 def speed(runs, reference="GRPO", clock="seconds"):
     """{algorithm: a ratio per seed}: its time to the reference's best smoothed accuracy on that seed, divided
-    by SPPO's. Infinite if it never gets there, 0 if SPPO does not, nan if neither does, or all begin there."""
+    by SPPO's. Infinite if it never gets there, 0 if SPPO does not, nan if neither does or all begin there."""
     by_seed = {}
     for run in runs:
         if run[clock]:

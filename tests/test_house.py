@@ -1,0 +1,47 @@
+"""The structure of the repository: who may import whom."""
+import ast
+
+import pytest
+from conftest import ROOT
+
+FILES = {path.stem: path for path in ROOT.glob("*.py")}
+TOOLS = {f"tools.{path.stem}": path for path in (ROOT / "tools").glob("*.py")}
+
+
+def imports_of(path):
+    """The modules of this repository that a file imports, anywhere in it: at the top, or within a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & {*FILES, *TOOLS}
+
+
+@pytest.mark.parametrize("name", [*FILES, *TOOLS])
+def test_no_file_imports_itself_through_others(name):
+    arrows = {module: imports_of(path) for module, path in {**FILES, **TOOLS}.items()}
+    reached, todo = set(), [*arrows[name]]
+    while todo:
+        module = todo.pop()
+        if module not in reached:
+            reached.add(module)
+            todo += arrows[module]
+    assert name not in reached
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_at_the_top_imports_a_tool(name):
+    assert not [module for module in imports_of(FILES[name]) if module.startswith("tools.")]
+
+
+@pytest.mark.parametrize("name", ["cli", "reward"])
+def test_what_is_made_to_be_copied_or_used_by_all_imports_nothing_of_ours(name):
+    assert not imports_of(FILES[name])
+
+
+def test_formulas_come_first():
+    lines = (ROOT / "sppo.py").read_text().splitlines()
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("def sequence_advantages")) < 60
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("def training_loop")) < 160
