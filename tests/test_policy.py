@@ -83,6 +83,9 @@ def test_compiling_wants_a_compiler(monkeypatch, device):
 @pytest.mark.xdist_group("gradients")
 def test_compiled_it_is_the_same(gradients, tmp_path):
     """With and without checkpointed activations. Not forked: other tests have compiling turned off."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    if not pick_vec_isa():
+        pytest.skip("for a CPU without AVX2 torch 2.13 writes C++ that no compiler takes")
     done = subprocess.run([sys.executable, "tests/gradients.py", tmp_path / "g.pt", "1", "1", "100", "150"], cwd=ROOT,
                           env=environment() | {"TORCHDYNAMO_DISABLE": "0"}, timeout=600,
                           capture_output=True, text=True)
