@@ -9,8 +9,10 @@ help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
-# So small a model only waits for more threads; and vLLM would compile a line of its own, for which not everyone has a compiler.
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python sppo.py
+	@echo "Training a built-in model of 360,000 parameters with SPPO: 40 steps, one or two minutes."
+	@echo "Loading the libraries takes ten seconds or more."
+# One thread: so small a model only waits for more.
+	OMP_NUM_THREADS=1 $(BIN)/python sppo.py
 
 test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .

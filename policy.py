@@ -143,7 +143,7 @@ class Policy(ShardedModel):
         return self.infer(sequences, [len(p) + len(r) for p, r in sequences], width)
 
     def weights(self, dtype=None):
-        """Yields (Hugging Face name, full tensor) of all parameters, one by one: together they might not fit."""
+        """Yields (Hugging Face name, full tensor) of each parameter in turn: all at once might not fit."""
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
         for name, p in self.module.lm.named_parameters():
             # The shard goes to the device first, where gathering is fast, and in `dtype`: fewer bytes travel.

@@ -1,9 +1,9 @@
-"""`make install` runs this: it makes .venv and installs a file of requirements into it, with nothing but Python itself.
+"""`make install` runs this: it makes .venv and installs a file of requirements into it. It needs only Python.
 
     python3 tools/install.py requirements-cpu.txt --torch-index https://download.pytorch.org/whl/cpu
 
-Packages come from where pip gets them on this machine. They are installed with uv, which takes a fraction of pip's time, and
-with pip where there is no uv.
+Packages come from where pip gets them on this machine. They are installed with uv, which takes a fraction of
+pip's time, and with pip where there is no uv.
 """
 import argparse
 import ast
@@ -22,7 +22,8 @@ EXCLUDED = ROOT / "tools" / "excluded.txt"  # what vLLM for CPUs asks for in vai
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("requirements")
-    parser.add_argument("--torch-index", required=True, help="where torch for CPUs is if pip's usual places do not have it")
+    parser.add_argument("--torch-index", required=True,
+                        help="where torch for CPUs is, if pip's usual places do not have it")
     parser.add_argument("--with", dest="tool", choices=("uv", "pip"), default="uv")
     arguments, start = parser.parse_args(), time.time()
     cpu = "cpu" in arguments.requirements
@@ -42,8 +43,8 @@ def main():
 def check_machine(cpu):
     """Before anything is made or fetched."""
     if not (3, 10) <= sys.version_info < (3, 15):
-        sys.exit(f"Python {sys.version.split()[0]} will not do: PyTorch 2.13 is built for 3.10 to 3.14. With another one that "
-                 "you have: make install PYTHON=python3.12")
+        sys.exit(f"Python {sys.version.split()[0]} will not do: PyTorch 2.13 is built for 3.10 to 3.14. With another "
+                 "one that you have: make install PYTHON=python3.12")
     needed, free = 4 if cpu else 20, shutil.disk_usage(ROOT).free / 1e9
     if free < needed and not (ROOT / ".venv" / "installed").exists():
         sys.exit(f"Too little space: {free:.1f} GB are free on the disk of {ROOT}, and {needed} are needed.")
@@ -52,11 +53,12 @@ def check_machine(cpu):
 def with_uv(requirements, torch_index, cpu):
     if not run(PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "uv"):
         return say("There is no uv to be had. Pip does the same, and takes minutes.")
-    # Uv reads none of pip's settings, so it is handed them. Like pip it shall compare what all of the indexes have.
+    # uv reads none of pip's settings, so pass them on. Like pip, it shall compare the versions in all indexes.
     pip = pip_settings()
     install = [PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, "--index-strategy", "unsafe-best-match"]
-    for name, option in {"index-url": "--default-index", "extra-index-url": "--index", "find-links": "--find-links",
-                         "trusted-host": "--allow-insecure-host"}.items():
+    options = {"index-url": "--default-index", "extra-index-url": "--index", "find-links": "--find-links",
+               "trusted-host": "--allow-insecure-host"}
+    for name, option in options.items():
         for value in pip.get(name, "").split():
             install += [option, value]
     variables = {"cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY", "timeout": "UV_HTTP_TIMEOUT"}
@@ -82,7 +84,8 @@ def with_pip(requirements, torch_index, cpu):
 def extras(install, variables=()):
     """What can be done without, and has to be compiled: not every machine has a compiler."""
     if not run(*install, "--quiet", "-r", "requirements-optional.txt", quiet=True, **dict(variables)):
-        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it takes a C compiler and Python's headers.")
+        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it must be compiled, which takes a C "
+            "compiler and Python's headers.")
     return True
 
 
@@ -90,14 +93,16 @@ def pip_settings():
     """What pip was told on this machine, in files and PIP_... variables: {"index-url": "https://...", ...}."""
     listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True).stdout
     found = {}
-    for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:")):  # a variable counts more than a file
+    # An environment variable counts more than a file, so it comes last.
+    for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:")):
         name, _, value = line.partition("=")  # such as global.timeout='60' and :env:.timeout='60'
         found[name.split(".", 1)[1].replace("default-timeout", "timeout")] = ast.literal_eval(value)
     return found
 
 
 def torch_from(index, install, requirements, variables=()):
-    """The option that adds `index`, if pip's usual places lack the torch that is required: PyPI's, on Linux, is for CUDA."""
+    """The option that adds `index`, if pip's usual places lack the torch that is required. (PyPI's torch for Linux is
+    the CUDA build.)"""
     lines = (ROOT / requirements).read_text().splitlines()
     torch = [line.split("#")[0].strip() for line in lines if line.startswith("torch==")]
     if run(*install, "--quiet", "--dry-run", "--no-deps", *torch, quiet=True, **dict(variables)):
@@ -107,10 +112,11 @@ def torch_from(index, install, requirements, variables=()):
 
 
 def run(*command, quiet=False, **variables):
-    """Did it end well?"""
+    """Runs a command in the repository; returns whether it succeeded."""
     output = subprocess.DEVNULL if quiet else None
-    return not subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **variables}, stdout=output,
-                              stderr=output).returncode
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env={**os.environ, **variables}, stdout=output,
+                          stderr=output)
+    return not done.returncode
 
 
 def say(line):
