@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from cli import BUILTIN_MODEL
 from data import load_problems, load_tokenizer, render
-from engines import make_engine, stop_tokens
+from engines import make_engine
+from eval import EvalConfig
 from policy import Policy
 from sharded import init_distributed
 
@@ -20,7 +21,8 @@ with open(f"{model}/generation_config.json", "w") as file:
     json.dump({"do_sample": True, "repetition_penalty": 1.3, "top_k": 3}, file)
 tokenizer = load_tokenizer(BUILTIN_MODEL)
 prompts = [render(p.messages, tokenizer) for p in load_problems("chain", size=48)]
-engine = make_engine(sys.argv[1], model, device, stop=stop_tokens(model, tokenizer), max_tokens=128, dtype="float32")
+config = EvalConfig(engine=sys.argv[1], dtype="float32", vllm_memory=0.5)
+engine = make_engine(config, model, tokenizer, device, max_tokens=128)
 policy = Policy(BUILTIN_MODEL, device, temperature=0.8, lr=1e-3, dtype="float32", checkpoint_activations=False)
 
 

@@ -34,7 +34,7 @@ def main():
     say(f"Installing {arguments.requirements} into .venv: {size} on a fast network.")
     if not (arguments.tool == "uv" and with_uv(arguments.requirements, arguments.torch_index, cpu)
             or with_pip(arguments.requirements, arguments.torch_index, cpu)):
-        sys.exit("Not everything could be installed: above is why, and in docs/install.md what can be done.")
+        sys.exit("Not everything could be installed: see the reason above, and docs/install.md for what to do.")
     vllm = run(PYTHON, "-c", "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))")
     engine = "vLLM" if vllm else "There is no vLLM for this machine: transformers"
     say(f"Installed in {time.time() - start:.0f} s. {engine} will do the sampling.")
@@ -43,8 +43,8 @@ def main():
 def check_machine(cpu):
     """Before anything is made or fetched."""
     if not (3, 10) <= sys.version_info < (3, 15):
-        sys.exit(f"Python {sys.version.split()[0]} will not do: PyTorch 2.13 is built for 3.10 to 3.14. With another "
-                 "one that you have: make install PYTHON=python3.12")
+        sys.exit(f"Python {sys.version.split()[0]} will not do: PyTorch 2.13 is built for 3.10 to 3.14. "
+                 "With another one that you have: make install PYTHON=python3.12")
     needed, free = 4 if cpu else 20, shutil.disk_usage(ROOT).free / 1e9
     if free < needed and not (ROOT / ".venv" / "installed").exists():
         sys.exit(f"Too little space: {free:.1f} GB are free on the disk of {ROOT}, and {needed} are needed.")
@@ -53,9 +53,10 @@ def check_machine(cpu):
 def with_uv(requirements, torch_index, cpu):
     if not run(PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "uv"):
         return say("There is no uv to be had. Pip does the same, and takes minutes.")
-    # uv reads none of pip's settings, so pass them on. Like pip, it shall compare the versions in all indexes.
+    # uv reads none of pip's settings, so pass them on. Like pip, it shall compare all indexes.
     pip = pip_settings()
-    install = [PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, "--index-strategy", "unsafe-best-match"]
+    install = [PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON,
+               "--index-strategy", "unsafe-best-match"]
     options = {"index-url": "--default-index", "extra-index-url": "--index", "find-links": "--find-links",
                "trusted-host": "--allow-insecure-host"}
     for name, option in options.items():
@@ -84,13 +85,13 @@ def with_pip(requirements, torch_index, cpu):
 def extras(install, variables=()):
     """What can be done without, and has to be compiled: not every machine has a compiler."""
     if not run(*install, "--quiet", "-r", "requirements-optional.txt", quiet=True, **dict(variables)):
-        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it must be compiled, which takes a C "
-            "compiler and Python's headers.")
+        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it must be compiled, which takes "
+            "a C compiler and Python's headers.")
     return True
 
 
 def pip_settings():
-    """What pip was told on this machine, in files and PIP_... variables: {"index-url": "https://...", ...}."""
+    """Pip's settings on this machine, of files and PIP_... variables: {"index-url": "https://...", ...}."""
     listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True).stdout
     found = {}
     # An environment variable counts more than a file, so it comes last.
@@ -101,8 +102,8 @@ def pip_settings():
 
 
 def torch_from(index, install, requirements, variables=()):
-    """The option that adds `index`, if pip's usual places lack the torch that is required. (PyPI's torch for Linux is
-    the CUDA build.)"""
+    """The option that adds `index`, if pip's usual places lack the torch that is required. (PyPI's torch for
+    Linux is the CUDA build.)"""
     lines = (ROOT / requirements).read_text().splitlines()
     torch = [line.split("#")[0].strip() for line in lines if line.startswith("torch==")]
     if run(*install, "--quiet", "--dry-run", "--no-deps", *torch, quiet=True, **dict(variables)):
