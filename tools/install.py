@@ -34,7 +34,7 @@ def main():
     say(f"Installing {arguments.requirements} into .venv: {size} on a fast network.")
     if not (arguments.tool == "uv" and with_uv(arguments.requirements, arguments.torch_index, cpu)
             or with_pip(arguments.requirements, arguments.torch_index, cpu)):
-        sys.exit("Not everything could be installed: see the reason above, and docs/install.md for what to do.")
+        sys.exit("Not everything could be installed: see the reason above, and docs/install.md for help.")
     vllm = run(PYTHON, "-c", "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))")
     engine = "vLLM" if vllm else "There is no vLLM for this machine: transformers"
     say(f"Installed in {time.time() - start:.0f} s. {engine} will do the sampling.")
@@ -85,8 +85,8 @@ def with_pip(requirements, torch_index, cpu):
 def extras(install, variables=()):
     """What can be done without, and has to be compiled: not every machine has a compiler."""
     if not run(*install, "--quiet", "-r", "requirements-optional.txt", quiet=True, **dict(variables)):
-        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it must be compiled, which takes "
-            "a C compiler and Python's headers.")
+        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it must be compiled, which "
+            "takes a C compiler and Python's headers.")
     return True
 
 
