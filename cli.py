@@ -229,7 +229,10 @@ class Log:
             board = SummaryWriter(folder / "tensorboard", purge_step=resumed_after + 1)
             self.writers.append(lambda step, line: [board.add_scalar(k, v, step) for k, v in line.items()])
         if config.wandb:
-            import wandb
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("--wandb needs `pip install wandb`") from None
             wandb.init(project=config.wandb, dir=folder, config=dataclasses.asdict(config))
             self.writers.append(lambda step, values: wandb.log(values, step=step))
         self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from cli import InputError, say
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
+
+# What DAPO-Math-17k's prompts say on the hub. It asks for another form of answer than BOXED_SUFFIX does.
+DAPO_WORDING = re.compile(
+    r"^Solve the following math problem step by step\. The last line of your response should be of the form "
+    r"Answer: \$?Answer \(without quotes\) where \$?Answer is the answer to the problem\.\s*"
+    r'|\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
 
 # A row is read by the first of these fields that it has.
 PROMPT_FIELDS = ("problem", "question", "prompt")
@@ -142,6 +149,7 @@ def parse_row(row, i, spec):
     if not answer:
         raise InputError(f"{where}: its answer is empty; every problem needs one")
     messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
+    messages[-1]["content"] = DAPO_WORDING.sub("", messages[-1]["content"])
     if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
         messages[-1]["content"] += f" {BOXED_SUFFIX}"
     return Problem(i, tuple(messages), answer)
@@ -156,7 +164,7 @@ def split(problems, held_out, seed=0):
     return [problems[i] for i in sorted(order[held_out:])], [problems[i] for i in order[:held_out]]
 
 
-def training_problems(c, tokenizer):
+def training_problems(c, tokenizer, verifier):
     """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
     too long for the policy's tokenizer or the critic's."""
     critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
@@ -167,17 +175,21 @@ def training_problems(c, tokenizer):
     if len(fitting) < len(problems):
         say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts "
             f"are longer than --max-prompt-tokens {limit}")
+    fitting = drop_unverifiable(fitting, verifier, c.dataset)
     return split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
 
 
-def check_answers(problems, verifier, dataset):
-    """Refuses a dataset with gold answers that math-verify cannot read: no response could
-    ever earn their reward."""
-    bad = [problems[i] for i in verifier.unverifiable([p.answer for p in problems])]
+def drop_unverifiable(problems, verifier, dataset):
+    """The problems without those whose gold answer math-verify cannot read: no response could be right.
+    Raises InputError if these are more than 1 % of the dataset."""
+    bad = {problems[i].id for i in verifier.unverifiable([p.answer for p in problems])}
     if bad:
-        first = min(bad, key=lambda p: p.id)
-        raise InputError(f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed "
-                         f"(as in {len(bad)} rows in all); correct or remove it")
+        first = min((p for p in problems if p.id in bad), key=lambda p: p.id)
+        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
+        if len(bad) > len(problems) / 100:
+            raise InputError(f"{about} (as in {len(bad)} of {len(problems)} rows); correct or remove them")
+        say(f"{about}; dropped {len(bad)} of {len(problems)} problems, to which no answer could be right")
+    return [p for p in problems if p.id not in bad]
 
 
 def shuffled_epochs(problems, first, count, seed):

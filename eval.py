@@ -29,7 +29,7 @@ from data import check_model, load_problems, load_tokenizer, render
 from engines import make_engine
 from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
 from rollout import RolloutFile, sample_and_verify
-from sharded import compute_dtype, init_distributed
+from sharded import check_ranks, compute_dtype, init_distributed
 
 # Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
 BENCHMARKS = {
@@ -227,8 +227,7 @@ def run_evaluation(c):
 
     device = init_distributed()
     c.dtype = compute_dtype(c.dtype, device)
-    if (ranks := dist.get_world_size()) % c.tensor_parallel:
-        raise InputError(f"--tensor-parallel {c.tensor_parallel} does not divide the {ranks} ranks")
+    check_ranks(tensor_parallel=c.tensor_parallel)
     settings = {"model": c.model, "weights": fingerprint(model, c.trust_remote_code)}
     for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
@@ -242,10 +241,6 @@ def run_evaluation(c):
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
     verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
-    golds = sorted({p.answer for _, p in problems})
-    if is_main() and (bad := verifier.unverifiable(golds)):
-        say(f"{len(bad)} gold answers cannot be parsed, so no response to them can be right: "
-            + ", ".join(repr(golds[i]) for i in bad[:5]))
     engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
@@ -312,6 +307,14 @@ def report(c, records, verifier, path):
         cells = "".join("{:>7.1f} [{:>4.1f}, {:>4.1f}]".format(*(100 * x for x in row[key])) for key in shown)
         cells += f"{row['tokens'][0]:>10,.0f}{100 * row['cut off'][0]:>8.1f} %"
         say(f"{label(name)[:20]:<20} {count:>8}{cells}")
+    for name in metrics:
+        mine = [r for r in records if r["benchmark"] == name]
+        broken = set(verifier.unverifiable([r["gold"] for r in mine]))
+        others = [r["reward"] for i, r in enumerate(mine) if i not in broken]
+        if broken:
+            say(f"\n{label(name)}: {len(broken) // n} of {len(mine) // n} gold answers are broken, such as "
+                f"{mine[min(broken)]['gold'][:60]!r}: nobody can be right there. avg@{n} over the others: "
+                f"{100 * np.mean(others or [np.nan]):.1f}")
     summary = path.with_suffix(".json")
     summary.write_text(json.dumps(table, indent=1) + "\n")  # {benchmark: {metric: [mean, low, high]}}
     say(f"\nEvery response is in {path}, every pass@k with its interval in {summary}.")

@@ -111,7 +111,7 @@ class PPO(Baseline):
         super().__init__(run)
         c = run.config
         self.critic = TokenCritic(c.critic_model or c.model, run.device, kind=c.value_loss, clip=c.value_clip,
-                                  minibatch=c.minibatch, lr=c.critic_lr, **c.training_options())
+                                  **c.critic_options())
 
     def advantages(self, batch):
         c = self.run.config
@@ -119,8 +119,7 @@ class PPO(Baseline):
         rewards = torch.zeros_like(self.values)
         rewards[torch.arange(len(rewards)), batch.lengths - 1] = batch.rewards  # earned with the last token
         advantages, self.returns = gae(rewards, self.values, batch.mask, c.gamma, c.lam)
-        minibatches = zip(advantages.split(c.minibatch), batch.mask.split(c.minibatch), strict=True)
-        return torch.cat([whiten(a, mask) for a, mask in minibatches])
+        return whiten(advantages, batch.mask)  # over the whole batch, as the papers' code does, then cut
 
     def update(self, batch):
         prompt_values = self.values[:, 0].numpy()  # V(s_0) has read the prompt alone, like SPPO's
@@ -144,7 +143,7 @@ def tail_effect(values, lengths, rewards):
 class PPOConfig(TrainConfig):
     output: str | None = option(None, "folder for metrics and the trained model [runs/ppo or runs/ppo-bce]")
     value_loss: Literal["mse", "bce"] = option("mse", "squared error or cross-entropy", group="algorithm")
-    value_clip: float = option(0.2, "with mse: values are clipped to this distance from those when sampled")
+    value_clip: float = option(0.5, "with mse: values are clipped to this distance from those when sampled")
     gamma: float = option(1.0, "discount per token")
     lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
 

@@ -92,8 +92,15 @@ def equal(answer, gold):
     return math_verify(_parse(gold), _parse(answer), timeout_seconds=None)
 
 
+def _is_integer(answer):
+    return answer.isascii() and answer.isdigit() and len(answer) <= 100
+
+
 def verifiable(gold):
     """Whether math-verify understands a gold answer, and does not only compare it letter by letter."""
+    text = re.sub(r"\\[{}]", "", gold)
+    if text.count("{") != text.count("}"):  # cut off: math-verify reads what is left of it as another number
+        return False
     equal("0", gold)  # some can be parsed, but no comparison with them ends before the deadline
     return any(not isinstance(part, str) for part in _parse(gold))
 
@@ -123,7 +130,7 @@ class Verifier:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each waits for a process
         self._idle = queue.SimpleQueue()
         for _ in range(workers):
-            self._idle.put(self._start())
+            self._idle.put(None)  # a worker takes a second to start, and starts when it is first needed
 
     def _start(self):
         folder, name = os.path.split(os.path.abspath(__file__))
@@ -135,12 +142,16 @@ class Verifier:
     def submit(self, response, answer) -> Future:
         """Starts verifying, and returns at once: `.result()` of the Future is the
         reward, and waits for it."""
-        candidate = extract_answer(response, self.mode)
+        candidate, known = extract_answer(response, self.mode), None
         if not candidate or len(candidate) > MAX_ANSWER_CHARS:
-            nothing = Future()
-            nothing.set_result(0.0)
-            return nothing
-        return self._threads.submit(self._ask, candidate, answer)
+            known = 0.0
+        elif _is_integer(candidate) and _is_integer(answer):  # nothing that would take time or could do harm
+            known = float(int(candidate) == int(answer))
+        if known is None:
+            return self._threads.submit(self._ask, candidate, answer)
+        future = Future()
+        future.set_result(known)
+        return future
 
     def score(self, responses, answers) -> list[float]:
         """The reward of each response, in order."""
@@ -154,12 +165,12 @@ class Verifier:
     def unverifiable(self, answers) -> list[int]:
         """Positions of the gold answers that cannot be parsed or compared, so that no response
         could earn a reward."""
-        doubtful = dict.fromkeys(a for a in answers if not a.isdecimal())  # plain numbers need no check
+        doubtful = dict.fromkeys(a for a in answers if not _is_integer(a))  # plain numbers need no check
         asked = {a: self._threads.submit(self._ask, None, a) for a in doubtful}
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _ask(self, candidate, answer):
-        worker = self._idle.get()
+        worker = self._idle.get() or self._start()
         try:
             worker.stdin.write(json.dumps([candidate, answer]) + "\n")
             worker.stdin.flush()
@@ -177,9 +188,9 @@ class Verifier:
     def close(self):
         self._threads.shutdown()
         while not self._idle.empty():
-            worker = self._idle.get()
-            worker.stdin.close()
-            worker.wait()
+            if worker := self._idle.get():
+                worker.stdin.close()
+                worker.wait()
 
 
 # ---- a worker: one process that keeps the time, one that compares ------------------------------------------

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from cli import Diverged
+from cli import Diverged, InputError
 
 transformers_logging.set_verbosity_error()  # data.py checks models, and says what is wrong in one sentence
 transformers_logging.disable_progress_bar()
@@ -61,6 +61,14 @@ def init_distributed() -> torch.device:
     # Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
+
+
+def check_ranks(**sizes):
+    """Raises InputError unless each of these numbers of ranks divides the number of all ranks."""
+    for name, size in sizes.items():
+        if dist.get_world_size() % size:
+            option = f"--{name.replace('_', '-')} {size}"
+            raise InputError(f"{option} does not divide the {dist.get_world_size()} ranks")
 
 
 def seed_torch(seed, deterministic):

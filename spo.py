@@ -104,19 +104,10 @@ class SPO(Baseline):
         """The tracker's first values, from samples of the policy before training. Counts for step 1."""
         run, n, size = self.run, self.run.config.init_samples, self.run.config.prompts_per_step
         say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, to start the tracker.")
-        firsts = []  # (problem, (prompt, token ids)) of each problem's last response
         for i in range(0, len(run.problems), size):
             problems = run.problems[i : i + size]
             batch = run.sampler.sample(problems, n)
             self.tracker.start([p.id for p in problems], batch.rewards.view(-1, n).double().numpy())
-            firsts += [(problem, (prompt, np.array(ids, np.int32)))
-                       for problem, (prompt, ids) in zip(problems, batch.sequences[n - 1 :: n], strict=True)]
-        run.engine.sleep()
-        for i in range(0, len(firsts), size):
-            problems, sequences = zip(*firsts[i : i + size], strict=True)
-            logprobs = run.policy.logprobs([(p, ids.tolist()) for p, ids in sequences])
-            self.remember(problems, sequences, logprobs)
-        run.engine.sync(run.policy.weights())
 
     def remember(self, problems, sequences, logprobs):
         for problem, (_, ids), values in zip(problems, sequences, logprobs, strict=True):
@@ -180,6 +171,8 @@ class SPOConfig(TrainConfig):
     output: str = option("runs/spo", "folder for metrics.jsonl, TensorBoard events and the trained model")
     prompts_per_step: int = option(1024, "prompts sampled in a step", positive=True)
     clip_high: float = option(0.28, "the ratio is clipped above 1 + this")
+    dual_clip: float = option(10.0, "where A < 0, the objective is at least this times A (0: no such bound)")
+    temperature: float = option(1.0, "of sampling, and of the ratio", group="sampling", positive=True)
     init_samples: int = option(8, "responses per problem before step 1; 0: start from 1/2", group="algorithm")
 
     # A prompt must come back: with 1,024 training problems each is drawn five times.

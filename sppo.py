@@ -17,13 +17,11 @@ Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, 
 critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
 spo.py) import the loop from here and define their own baseline.
 """
-import importlib.util
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
@@ -36,13 +34,20 @@ from inflight import InFlight
 from policy import Policy
 from reward import Verifier
 from rollout import Sampler
-from sharded import compute_dtype, init_distributed, mean_of, rows_like, seed_torch
+from sharded import check_ranks, compute_dtype, init_distributed, mean_of, rows_like, seed_torch
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
 
 def sequence_advantages(rewards, value_logits):
     """A = R - V(s), V = sigmoid(logit): one number per response (arXiv 2604.08865). Both [B] -> [B]."""
     return rewards - value_logits.sigmoid()
+
+
+def sequence_mean(advantages, lengths):
+    """Scales advantages [B] or [B, T] so that a loss that is a mean over tokens becomes the mean over
+    responses of the mean over each one's tokens. lengths [B]. A long response's tokens then weigh less."""
+    weights = lengths.float().mean() / lengths
+    return advantages * (weights if advantages.dim() == 1 else weights[:, None])
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_low=0.2, clip_high=0.2,
@@ -127,8 +132,7 @@ class SPPO(Baseline):
     def __init__(self, run):
         super().__init__(run)
         c = run.config
-        self.critic = PromptCritic(c.critic_model or c.model, run.device, minibatch=c.minibatch,
-                                   lr=c.critic_lr, **c.training_options())
+        self.critic = PromptCritic(c.critic_model or c.model, run.device, **c.critic_options())
 
     def advantages(self, batch):
         if not self.critic.updates:
@@ -216,6 +220,9 @@ def policy_step(policy, batch, rows, advantages, config):
 
     Returns metrics: means over the tokens of all responses that have a gradient.
     """
+    if config.loss_mean == "sequence":
+        advantages = advantages.clone()
+        advantages[list(rows)] = sequence_mean(advantages[list(rows)], batch.lengths[list(rows)])
     # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards.
     useful = [i for i in rows if advantages[i].any()] or [rows[0]]
     # The loss is the mean over all tokens of the mini-batch, in whatever rank and micro-batch they are. Those
@@ -231,7 +238,8 @@ def policy_step(policy, batch, rows, advantages, config):
         if batch.old_logprobs is not None:
             old = rows_like(logprobs, micro, batch.old_logprobs)
         loss, metrics = clipped_policy_loss(logprobs, old, advantage, mask, clip_low=config.clip_low,
-                                            clip_high=config.clip_high, num_tokens=num_tokens)
+                                            clip_high=config.clip_high, dual_clip=config.dual_clip or None,
+                                            num_tokens=num_tokens)
         metrics["entropy"] = (entropy * mask).sum() / num_tokens
         # The engine's log-probabilities and the trainer's differ only by rounding, or there is a bug.
         trainer = logprobs.detach() if config.old_logprobs == "rollout" else old
@@ -249,22 +257,22 @@ def train(config, make_baseline):
     c.check()
     say(f"Loading {c.model} and its engine; training starts in a few seconds.")
     run.tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
-    run.problems, run.held_out = data.training_problems(c, run.tokenizer)  # chat messages and gold answers
+    run.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)  # response, gold answer -> 1 or 0
+    # Problems are chat messages and gold answers. Those held out are only evaluated on.
+    run.problems, run.held_out = data.training_problems(c, run.tokenizer, run.verifier)
     run.benchmarks = load_eval_benchmarks(c, run.tokenizer)  # for --eval-benchmarks
     run.device = init_distributed()  # every rank runs this same function, on a GPU of its own
-    c.check_ranks(dist.get_world_size())
+    check_ranks(tensor_parallel=c.tensor_parallel, replicas=c.replicas)
     c.dtype = compute_dtype(c.dtype, run.device)
     seed_torch(c.seed, c.deterministic)
     run.clock = Clock(run.device)
-    run.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)  # response, gold answer -> 1 or 0
-    data.check_answers(run.problems + run.held_out, run.verifier, c.dataset)
     # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
     max_tokens = c.max_prompt_tokens + c.max_response_tokens
     run.engine = make_engine(c, c.model, run.tokenizer, run.device, max_tokens)
     run.engine.sleep()
     run.sampler = Sampler(c, run.tokenizer, run.engine, run.verifier, run.clock)  # problems -> verified Batch
     run.in_flight = InFlight(c, run.sampler, run.problems)  # the same for --oversample
-    run.policy = Policy(c.model, run.device, temperature=c.temperature, lr=c.lr, compile=c.compile,
+    run.policy = Policy(c.model, run.device, temperature=c.temperature, compile=c.compile,
                         **c.training_options())
     baseline = make_baseline(run)
     last_step, log = checkpoint.begin(run, baseline)  # with --resume, from the newest checkpoint
@@ -291,11 +299,14 @@ class TrainConfig(CommandLine):
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
     lr: float = option(1e-6, "learning rate of the policy")
     critic_lr: float = option(5e-6, "learning rate of the critic")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    warmup_steps: int = option(10, "optimiser steps until the learning rates reach their constant values")
+    weight_decay: float = option(0.01, "AdamW's weight decay, for the policy")
+    critic_weight_decay: float = option(0.01, "AdamW's weight decay, for the critic")
+    warmup_steps: int = option(0, "optimiser steps until the learning rates reach their constant values")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
+    dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
+    loss_mean: Literal["token", "sequence"] = option("token", "mean over tokens; or over responses of theirs")
     old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: recomputed, or the engine's: free")
     seed: int = option(0, "of data order and sampling")
 
@@ -329,14 +340,12 @@ class TrainConfig(CommandLine):
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
-        steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, warmup_steps=0,
-        clip_high=0.28, temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, save_every=0,
-        eval_every=5, dtype="float32", checkpoint_activations=False)
+        steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, clip_high=0.28,
+        temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, save_every=0, eval_every=5,
+        dtype="float32", checkpoint_activations=False)
 
     def check(self):
         super().check()
-        if self.wandb and not importlib.util.find_spec("wandb"):
-            raise InputError("--wandb needs `pip install wandb`")
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step "
                              f"{self.prompts_per_step}; choose a divisor of it")
@@ -354,16 +363,16 @@ class TrainConfig(CommandLine):
         if self.critic_model:
             data.check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
 
-    def check_ranks(self, ranks):
-        for name, size in (("--tensor-parallel", self.tensor_parallel), ("--replicas", self.replicas)):
-            if ranks % size:
-                raise InputError(f"{name} {size} does not divide the {ranks} ranks")
-
     def training_options(self):
-        """The keyword arguments of `ShardedModel` that the policy and the critics share."""
+        """The keyword arguments of `ShardedModel` for the policy."""
         return {name: getattr(self, name) for name in (
-            "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "replicas",
+            "lr", "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "replicas",
             "checkpoint_activations", "offload", "offload_between", "trust_remote_code")}
+
+    def critic_options(self):
+        """The same for a critic, with its own learning rate and weight decay."""
+        return {**self.training_options(), "lr": self.critic_lr, "weight_decay": self.critic_weight_decay,
+                "minibatch": self.minibatch}
 
 
 if __name__ == "__main__":

@@ -177,7 +177,8 @@ from sppo import Baseline, TrainConfig, train
 class Slow(Baseline):
     def advantages(self, batch):
         print("step 1/ takes long", flush=True)
-        time.sleep(600)
+        for _ in range(6000):  # a signal that comes just before a sleep is only handled after it
+            time.sleep(0.1)
 train(TrainConfig.parse(""), Slow)
 """)
     process = started(tmp_path / "slow.py", *SMALL, "--output", tmp_path / "run")
