@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for more
+THREADS = os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")  # models this small only wait for more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make or ship what they need
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or each vLLM compiles, for seconds, a line that counts logits
@@ -82,7 +82,7 @@ def environment():
     """A user's: without this process's own place in its world of one. With one thread, as models this small are faster."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     others = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**others, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**others, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": THREADS}
 
 
 def complaint(main, arguments, capsys):
