@@ -2,9 +2,9 @@
 
 A token-level critic must say how good every half-written proof is. This one answers a single question, "will
 the policy solve this problem?", with one number per prompt. That is a classification, trained with binary
-cross-entropy, and a model much smaller than the policy can learn it.
+cross-entropy. The paper found that a model much smaller than the policy is enough for it.
 
-Without FSDP and micro-batches, all of it is this:
+Without FSDP, mini-batches and `start_from`, all of it is this:
 
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -61,8 +61,7 @@ class ValueModel(nn.Module):
 
 
 class PromptCritic(ShardedModel):
-    """V(s_p) = sigmoid(logit), from any causal Hugging Face model, with its own
-    tokenizer and chat template."""
+    """V(s) = sigmoid(logit), from any causal Hugging Face model, with its own tokenizer and chat template."""
 
     def __init__(self, model, device, *, minibatch, trust_remote_code=False, **options):
         self.tokenizer = load_tokenizer(model, trust_remote_code)
@@ -98,7 +97,7 @@ class PromptCritic(ShardedModel):
         return self.infer(prompts, [len(p) for p in prompts], width=1)[:, 0]
 
     def update(self, prompts, rewards):
-        """One epoch of L_V = BCE(V(s_p), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
+        """One epoch of BCE(V(s), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
         steps = []
         with self.on_device():
             for start in range(0, len(prompts), self.minibatch):

@@ -3,7 +3,7 @@
 Both have the same four methods, and the training loop never asks which one it has:
 
     engine.generate(prompts, ...)   yields (number of the prompt, Response), in the order in which they end
-    engine.sleep()                  gives the accelerator's memory to training
+    engine.sleep()                  gives the GPU's memory to training (vLLM; transformers keeps it)
     engine.sync(weights)            takes the policy's new weights, and is awake afterwards
     engine.close()                  ends what the engine has started
 
@@ -193,7 +193,8 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None,
                  pause_after=None, wait_for=()):
-        """As VLLMEngine's, in batches of prompts of about the same length; but no response can be paused."""
+        """As VLLMEngine's, in batches of prompts of about the same length. But no response can be paused or
+        continued, and `max_tokens` is one number."""
         if pause_after is not None:
             raise InputError("--oversample needs vLLM: transformers cannot pause a response; leave it out")
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
@@ -234,7 +235,7 @@ class TransformersEngine:
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
 
     def sleep(self):
-        pass
+        pass  # a second copy of the weights stays on the device: this engine is for small models
 
     @torch.no_grad()
     def sync(self, weights):

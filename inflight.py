@@ -33,7 +33,7 @@ class Started:
     problem: Problem
     prompt: list[int]  # token ids
     step: int  # in which it was started
-    expected: float | None  # of its reward, by the baseline, at that time
+    expected: float | None  # what `Baseline.expect` gave at that time (SPPO: a logit; SPO: a chance)
     response: Response  # as far as it got
     reward: float | None = None  # once it has finished
 

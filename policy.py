@@ -76,7 +76,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, targets, logprobs = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad = grad / ctx.temperature
-        of_target = (grad * (1 - logprobs.exp())).to(hidden.dtype)  # the one entry where onehot is 1
+        of_target = (grad * (1 - logprobs.exp())).to(hidden.dtype)  # in bfloat16, 1 - p would round to 0
         weighted_softmax = ctx.compiled(ChunkedLogProbs.weighted_softmax)
         for i in range(0, len(hidden), ctx.rows):
             chunk = slice(i, i + ctx.rows)
@@ -122,7 +122,7 @@ class Policy(ShardedModel):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which are not "
                              "computed here; choose a model without (Qwen, Llama, Mistral)")
         if lm.generation_config is not None:
-            lm.generation_config.do_sample = True  # transformers saves no temperature without this
+            lm.generation_config.do_sample = True  # or transformers refuses to save one with a temperature
         saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
         dist.broadcast_object_list(saved)
         self.save_dtype, self.temperature = saved[0], temperature

@@ -25,7 +25,7 @@ class Batch:
     responses: list[Response]  # [B]
     rewards: torch.Tensor  # [B], 0 or 1
     greedy_rewards: torch.Tensor | None = None  # [number of problems], for a baseline that wants them (ReMax)
-    expected: torch.Tensor | None = None  # [B], the baseline when these were started (--oversample)
+    expected: torch.Tensor | None = None  # [B], what `Baseline.expect` gave when these started (--oversample)
     old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None if a step needs none
 
     def __post_init__(self):
@@ -97,7 +97,7 @@ class Sampler:
         local = [j for j in range(len(prompts)) if j // adjacent % engines == engine]  # this engine's prompts
         # A seed for each response costs some speed, but ranks that share an engine must sample the same.
         seeds = [first_seed + j for j in local] if c.deterministic or c.tensor_parallel > 1 else None
-        if pause_after is not None:  # this engine's part of those that must end
+        if pause_after is not None:  # this engine's part of those that must end; if it is none, start nothing
             pause_after = pause_after // engines + (engine < pause_after % engines)
             wait_for = [n for n, j in enumerate(local) if j in wait_for]
             if not pause_after and not wait_for:
@@ -111,13 +111,13 @@ class Sampler:
                     seeds=seeds, pause_after=pause_after, wait_for=wait_for):
                 done[local[n]] = response, reward
         with self.clock("reward"):  # the wait for the last verdicts, and for slower ranks
+            # A paused response has no Future, and so no reward.
             done = {j: (response, reward and reward.result()) for j, (response, reward) in done.items()}
             parts = [None] * world
             dist.all_gather_object(parts, (done, self.verifier.timeouts, self.verifier.crashes))
         parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
         done = {j: result for part in parts for j, result in part.items()}
-        # rollout/idle: while the longest response was written, the share of the time that the others' places
-        # in the engines were empty.
+        # rollout/idle: the share of places in the engines that stood empty until the longest response ended.
         written = [len(r.ids) - (len(partial[j].ids) if partial else 0) for j, (r, _) in done.items()]
         longest = max(written, default=0)
         self.metrics = {"rollout/generated_tokens": sum(written), "rollout/longest": longest,

@@ -4,8 +4,8 @@ Three ideas carry this file.
 
 1. Every rank knows the whole batch (token ids are small). So `micro_batches` needs no communication: each
    rank computes the micro-batches of all. All ranks run equally many, or FSDP's collectives would hang.
-2. The loss is divided by token counts of the *whole* mini-batch. So the gradient depends neither on the
-   micro-batches nor on the number of ranks.
+2. The loss is divided by a count over the *whole* mini-batch (tokens, or prompts for SPPO's critic). So the
+   gradient depends neither on the micro-batches nor on the number of ranks.
 3. Only rank 0 reads the checkpoint. It sends the weights to the others a block at a time, so that no GPU ever
    holds a whole model.
 
@@ -83,7 +83,7 @@ def compute_dtype(name, device):
     """"auto" is bfloat16 where the device computes in it, and float32 elsewhere. Other names
     are returned as they are.
 
-    A CPU with AVX2 only emulates bfloat16, and is several times slower in it than in float32.
+    A CPU that has no more than AVX2 emulates bfloat16, and is several times slower in it than in float32.
     """
     if name != "auto":
         return name
@@ -170,7 +170,7 @@ def micro_batches(lengths, budget):
         batches = []
         for row in by_length[r::world]:
             rows = batches[-1] if batches else []
-            longest = lengths[rows[0]] if rows else budget + 1
+            longest = lengths[rows[0]] if rows else budget + 1  # budget + 1: the first row starts a new one
             # Start a new micro-batch where rows become a fifth shorter, to avoid padding. But fill this one
             # up while it is nearly empty: each micro-batch gathers all weights anew.
             few = longest * len(rows) < budget // 8
@@ -229,7 +229,8 @@ class ShardedModel:
                  dtype="bfloat16", micro_batch_tokens=16384, checkpoint_activations=True, offload=False,
                  offload_between=False, replicas=1):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
-        self.dtype, self.offload_between, self.here = getattr(torch, dtype), offload_between, True
+        self.dtype, self.offload_between = getattr(torch, dtype), offload_between
+        self.here = True  # whether the weights are on `device`: with offload_between, they move
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -241,6 +242,7 @@ class ShardedModel:
         precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         # One transformer block at a time, and then the rest: a whole model in float32 might not fit on a GPU.
+        # `_no_split_modules` is transformers' list of layer classes that must not be cut: its blocks.
         blocks = set(backbone._no_split_modules or ())
         for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
             deal_out(part, device)
@@ -355,7 +357,8 @@ class ShardedModel:
         return {"parameters": state, "updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state):
-        """Restores what `state_dict` returned. Its sharded tensors are the model's own: already filled."""
+        """Restores what `state_dict` returned. checkpoint.py has filled the sharded tensors, which are the
+        model's own. Adam's step counts are not sharded, so they are copied here."""
         for name, parameter in self.module.named_parameters():
             self.optimizer.state[parameter]["step"].copy_(state["parameters"][name]["step"])
         self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]

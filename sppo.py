@@ -9,6 +9,7 @@ Then subtract what a scalar critic expected, which reads the prompt alone:
     A = R - V(s)                                   the same for every token of y; not normalised
     r_t = pi(y_t | s, y_<t) / pi_old(y_t | s, y_<t)
     maximise  min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)      averaged over all tokens of the mini-batch
+              where A < 0, but never less than 3 A           (the dual clip, --dual-clip)
     fit V with binary cross-entropy against R
 
 There is no group of samples per prompt as in GRPO, and no value per token as in PPO.
@@ -44,8 +45,8 @@ def sequence_advantages(rewards, value_logits):
 
 
 def sequence_mean(advantages, lengths):
-    """Scales advantages [B] or [B, T] so that a loss that is a mean over tokens becomes the mean over
-    responses of the mean over each one's tokens. lengths [B]. A long response's tokens then weigh less."""
+    """Weights advantages [B] or [B, T] for `--loss-mean sequence`. Each response then counts the same in the
+    loss, whatever its length. Without this, each token does. lengths [B]."""
     weights = lengths.float().mean() / lengths
     return advantages * (weights if advantages.dim() == 1 else weights[:, None])
 
@@ -95,7 +96,7 @@ class Baseline:
     samples_per_prompt = 1
     wants_greedy = False  # also sample each prompt's greedy response, in the same pass of the engine
     critic = None  # a ShardedModel that this baseline trains, if it does
-    calibration = staticmethod(calibration)  # metrics of how well values [B] predicted rewards [B]
+    calibration = staticmethod(calibration)  # here, since SPO, without a critic, reports these metrics too
 
     def __init__(self, run):
         self.run = run  # the parts of the run by name, as `train` puts them together
@@ -113,7 +114,8 @@ class Baseline:
         return {}
 
     def expect(self, problems):
-        """For --oversample: the expectation for each problem now, kept until its response is trained on."""
+        """For --oversample: a number for each problem, asked when its response starts; it comes back as
+        `batch.expected`. SPPO gives logits, SPO gives chances."""
         return [None] * len(problems)
 
     def state_dict(self):
@@ -158,7 +160,7 @@ def training_loop(run, baseline, log, last_step):
     Returns whether training was stopped early and could not be saved.
     """
     c, policy, engine, clock, stop = run.config, run.policy, run.engine, run.clock, Stop()
-    engine.sync(policy.weights())  # wakes the engine: from here on it only sleeps while the others train
+    engine.sync(policy.weights())  # wakes the engine. From here on it sleeps only while the models train
     if not last_step:
         evaluate_policy(run, log, 0)
     stopping = saved = False
@@ -190,7 +192,7 @@ def training_loop(run, baseline, log, last_step):
         # 4. One epoch of clipped policy steps.
         with clock("update"), policy.on_device():
             rows = range(len(batch.responses))
-            updates = [policy_step(policy, batch, rows[i:][:size], advantages, c) for i in rows[::size]]
+            updates = [policy_step(policy, batch, rows[i : i + size], advantages, c) for i in rows[::size]]
 
         # 5. The baseline learns from what happened.
         with clock("critic"):
@@ -201,12 +203,11 @@ def training_loop(run, baseline, log, last_step):
             engine.sync(policy.weights())
         clock.end_step()
 
+        # 7. The end: the log, at times an evaluation, and a checkpoint to continue from.
         log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.step_times())
         if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
             evaluate_policy(run, log, step)
         log.write(step, clock.total)
-
-        # 7. A checkpoint: a run that is killed later continues from here.
         stopping = stop.on_any_rank() and step < c.steps
         if stopping or c.save_every and step % c.save_every == 0:
             saved = checkpoint.save(run, baseline, log, step)
@@ -225,8 +226,8 @@ def policy_step(policy, batch, rows, advantages, config):
         advantages[list(rows)] = sequence_mean(advantages[list(rows)], batch.lengths[list(rows)])
     # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards.
     useful = [i for i in rows if advantages[i].any()] or [rows[0]]
-    # The loss is the mean over all tokens of the mini-batch, in whatever rank and micro-batch they are. Those
-    # of the responses that were left out count too, so the advantages are scaled down by their share.
+    # The loss is the mean over all tokens of the mini-batch, on all ranks. Tokens of responses that were left
+    # out count too. The sum below is divided by the tokens kept, so advantages are multiplied by kept / all.
     num_tokens = batch.mask[useful].sum()
     advantages = advantages * (num_tokens / batch.mask[list(rows)].sum())
     for micro in policy.micro_batches([len(p) + len(r) for p, r in (batch.sequences[i] for i in useful)]):
@@ -241,7 +242,8 @@ def policy_step(policy, batch, rows, advantages, config):
                                             clip_high=config.clip_high, dual_clip=config.dual_clip or None,
                                             num_tokens=num_tokens)
         metrics["entropy"] = (entropy * mask).sum() / num_tokens
-        # The engine's log-probabilities and the trainer's differ only by rounding, or there is a bug.
+        # Both compute the same log-probabilities, so a gap larger than rounding is a bug. But with
+        # --old-logprobs rollout, this also holds how far the policy has moved since the tokens were sampled.
         trainer = logprobs.detach() if config.old_logprobs == "rollout" else old
         metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / num_tokens
         policy.backward(loss, metrics)
@@ -306,7 +308,7 @@ class TrainConfig(CommandLine):
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
     dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
-    loss_mean: Literal["token", "sequence"] = option("token", "mean over tokens; or over responses of theirs")
+    loss_mean: Literal["token", "sequence"] = option("token", "each token weighs the same, or each response")
     old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: recomputed, or the engine's: free")
     seed: int = option(0, "of data order and sampling")
 

@@ -182,6 +182,7 @@ def test_help_explains_every_option():
 
 def test_everything_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 150
     for name in re.findall(r"`([\w./-]+\.(?:py|txt|md))`", readme):
         assert (ROOT / name).exists(), name
     options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {
