@@ -83,7 +83,7 @@ def test_the_verifier(tmp_path, how):
         code = inspect.getsource(reward) + textwrap.dedent(USE_VERIFIER)
     printed, error = runs(tmp_path, code)
     if how == "pasted without a guard":
-        assert "put what that file runs under `if __name__ == '__main__':`" in error
+        assert "runs under `if __name__ == '__main__':`" in error
     else:
         assert printed == ["True"], error
 
