@@ -89,20 +89,28 @@ def test_hostile_answers_cost_little_and_no_honest_one_its_reward():
 def test_a_worker_that_is_killed_is_replaced():
     verifier = Verifier(workers=1)
     try:
-        assert verifier.score(["\\boxed{1}"], ["1"]) == [1.0]
+        assert verifier.score(["\\boxed{1/2}"], ["0.5"]) == [1.0]
         worker = verifier._idle.get()
         verifier._idle.put(worker)
         os.kill(worker.pid, signal.SIGKILL)
         worker.wait()
-        assert verifier.score(["\\boxed{1}"] * 3, ["1"] * 3) == [0.0, 1.0, 1.0]
+        assert verifier.score(["\\boxed{1/2}"] * 3, ["0.5"] * 3) == [0.0, 1.0, 1.0]
         assert verifier.crashes == 1
     finally:
         verifier.close()
 
 
+def test_whole_numbers_are_compared_at_once(monkeypatch):
+    """As math-verify would, but without a process."""
+    monkeypatch.setattr(Verifier, "_start", lambda self: pytest.fail("no worker is needed"))
+    answers = [("7", "7"), ("007", "7"), ("7", "8"), ("10", "1"), ("0", "0")]
+    scores = Verifier(1).score([f"\\boxed{{{answer}}}" for answer, _ in answers], [gold for _, gold in answers])
+    assert scores == [1.0, 1.0, 0.0, 0.0, 1.0] == [verify(f"\\boxed{{{answer}}}", gold) for answer, gold in answers]
+
+
 def comparing(verifier):
     """The process that compares, of a Verifier with one worker."""
-    verifier.score(["\\boxed{1}"], ["1"])
+    verifier.score(["\\boxed{1/2}"], ["0.5"])
     worker = verifier._idle.get()
     verifier._idle.put(worker)
     child, = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
@@ -116,7 +124,7 @@ def test_a_right_answer_that_had_to_wait_earns_its_reward():
     try:
         child = comparing(verifier)
         os.kill(child, signal.SIGSTOP)
-        reward = verifier.submit("\\boxed{4}", "4")
+        reward = verifier.submit("\\boxed{4/2}", "2")
         time.sleep(1.5)
         os.kill(child, signal.SIGCONT)
         assert reward.result() == 1.0 and verifier.timeouts == 0
@@ -129,7 +137,7 @@ def test_a_comparison_that_hangs_is_given_up():
     verifier = Verifier(workers=1, timeout=0.3)
     try:
         os.kill(comparing(verifier), signal.SIGSTOP)
-        assert verifier.score(["\\boxed{4}"] * 2, ["4"] * 2) == [0.0, 1.0] and verifier.timeouts == 1
+        assert verifier.score(["\\boxed{4/2}"] * 2, ["2"] * 2) == [0.0, 1.0] and verifier.timeouts == 1
     finally:
         verifier.close()
 
@@ -160,7 +168,7 @@ def test_every_gold_answer_of_math500_and_aime24_equals_itself(verifier):
 
 
 def test_a_worker_ends_when_its_trainer_is_killed_while_it_verifies():
-    worker = Verifier(1, 1.0)._idle.get()
+    worker = Verifier(1, 1.0)._start()
     worker.stdin.write(json.dumps(["1", "1"]) + "\n")
     worker.stdin.flush()
     for pipe in (worker.stdout, worker.stdin):  # as a kill leaves them
