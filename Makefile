@@ -12,7 +12,7 @@ demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
 	@echo "Training a built-in model of 360,000 parameters with SPPO: 40 steps, one or two minutes."
 	@echo "Loading the libraries takes ten seconds or more."
 # One thread: so small a model only waits for more.
-	OMP_NUM_THREADS=1 $(BIN)/python sppo.py
+	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python sppo.py
 
 test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .

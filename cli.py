@@ -70,7 +70,8 @@ class CommandLine:
         """The config that the command line (or a list of `arguments`) asks for."""
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS, allow_abbrev=False)  # SUPPRESS: returns only what was typed
+            usage="%(prog)s [OPTIONS]", allow_abbrev=False,
+            argument_default=argparse.SUPPRESS)  # so that only what was typed is returned
         groups, heading = {}, "options"
         for field in dataclasses.fields(cls):
             heading = field.metadata["group"] or heading
