@@ -72,7 +72,8 @@ class VLLMEngine:
             logging.getLogger("vllm").setLevel(logging.ERROR)  # what it prints before it reads the variable
             warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # that a CPU has no Triton is no news
+        # It warns that there is no Triton, which a CPU does not need.
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
