@@ -12,7 +12,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import InputError, say
+import torch.distributed as dist
+
+from cli import InputError, is_main, say
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
@@ -164,7 +166,7 @@ def split(problems, held_out, seed=0):
     return [problems[i] for i in sorted(order[held_out:])], [problems[i] for i in order[:held_out]]
 
 
-def training_problems(c, tokenizer, verifier):
+def training_problems(c, tokenizer):
     """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
     too long for the policy's tokenizer or the critic's."""
     critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
@@ -175,21 +177,29 @@ def training_problems(c, tokenizer, verifier):
     if len(fitting) < len(problems):
         say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts "
             f"are longer than --max-prompt-tokens {limit}")
-    fitting = drop_unverifiable(fitting, verifier, c.dataset)
     return split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
 
 
-def drop_unverifiable(problems, verifier, dataset):
-    """The problems without those whose gold answer math-verify cannot read: no response could be right.
-    Raises InputError if these are more than 1 % of the dataset."""
-    bad = {problems[i].id for i in verifier.unverifiable([p.answer for p in problems])}
+def drop_unverifiable(problems, held_out, verifier, dataset):
+    """Removes from both lists the problems whose gold answer math-verify cannot read: no response could be
+    right. Raises InputError if these are more than 1 %.
+
+    All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
+    on the same problems.
+    """
+    both, chosen = problems + held_out, [None]
+    if is_main():
+        chosen = [[both[i].id for i in verifier.unverifiable([p.answer for p in both])]]
+    dist.broadcast_object_list(chosen)
+    bad = set(chosen[0])
     if bad:
-        first = min((p for p in problems if p.id in bad), key=lambda p: p.id)
+        first = min((p for p in both if p.id in bad), key=lambda p: p.id)
         about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
-        if len(bad) > len(problems) / 100:
-            raise InputError(f"{about} (as in {len(bad)} of {len(problems)} rows); correct or remove them")
-        say(f"{about}; dropped {len(bad)} of {len(problems)} problems, to which no answer could be right")
-    return [p for p in problems if p.id not in bad]
+        if len(bad) > len(both) / 100:
+            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them")
+        say(f"{about}; dropped {len(bad)} of {len(both)} problems, to which no answer could be right")
+    for part in (problems, held_out):
+        part[:] = [p for p in part if p.id not in bad]
 
 
 def shuffled_epochs(problems, first, count, seed):

@@ -261,11 +261,12 @@ def train(config, make_baseline):
     run.tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
     run.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)  # response, gold answer -> 1 or 0
     # Problems are chat messages and gold answers. Those held out are only evaluated on.
-    run.problems, run.held_out = data.training_problems(c, run.tokenizer, run.verifier)
+    run.problems, run.held_out = data.training_problems(c, run.tokenizer)
     run.benchmarks = load_eval_benchmarks(c, run.tokenizer)  # for --eval-benchmarks
     run.device = init_distributed()  # every rank runs this same function, on a GPU of its own
     check_ranks(tensor_parallel=c.tensor_parallel, replicas=c.replicas)
     c.dtype = compute_dtype(c.dtype, run.device)
+    data.drop_unverifiable(run.problems, run.held_out, run.verifier, c.dataset)
     seed_torch(c.seed, c.deterministic)
     run.clock = Clock(run.device)
     # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
@@ -355,8 +356,7 @@ class TrainConfig(CommandLine):
             raise InputError("--offload and --offload-between exclude each other; choose one")
         # One response may come from several policies, of which only the engine knew the log-probabilities.
         if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
-            raise InputError(f"--oversample {self.oversample}: must be 0 or more, and needs --old-logprobs "
-                             "rollout")
+            raise InputError(f"--oversample {self.oversample}: give 0 or more, with --old-logprobs rollout")
         if not self.resume and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of an earlier run; continue from them with "
                              "--resume, give another --output, or delete it")

@@ -135,12 +135,13 @@ def test_a_few_gold_answers_that_nobody_can_match_are_dropped_aloud(capsys):
     problems = load_problems("chain", size=500)
     broken = [problems[7].__class__(p.id, p.messages, "\\frac{" if p.id == 7 else p.answer) for p in problems]
     verifier = Verifier(1, 2.0)
-    kept = drop_unverifiable(broken, verifier, "x.jsonl")
-    assert [p.id for p in kept] == [p.id for p in problems if p.id != 7]
+    training, held_out = broken[:400], broken[400:]
+    drop_unverifiable(training, held_out, verifier, "x.jsonl")
+    assert [p.id for p in training + held_out] == [p.id for p in problems if p.id != 7]
     printed = capsys.readouterr().out
     assert "x.jsonl, row 8: the answer '\\\\frac{' cannot be parsed; dropped 1 of" in printed
     with pytest.raises(InputError, match=r"x.jsonl, row 8: .* \(as in 1 of 50 rows\); correct or remove"):
-        drop_unverifiable(broken[:50], verifier, "x.jsonl")
+        drop_unverifiable(broken[:50], [], verifier, "x.jsonl")
     verifier.close()
 
 
