@@ -192,7 +192,7 @@ class Clock:
 COLUMNS = (
     ("reward", "reward", ".3f"), ("length", "response_tokens", ".1f"),
     ("clip", "policy/clip_fraction", ".3f"), ("critic", "critic/loss", ".3f"),
-    ("auc", "critic/auc", ".2f"), ("all equal", "group/all_equal", ".2f"),
+    ("auc", "critic/auc", ".2f"), ("skill", "critic/skill", ".2f"), ("all equal", "group/all_equal", ".2f"),
     ("seconds", "time/step", ".1f"), ("accuracy", "eval_accuracy", ".3f"))
 
 
@@ -211,8 +211,10 @@ class Log:
             return
         folder = Path(config.output)
         kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
-        if kept and "eval_accuracy" in (first := json.loads(kept[0])):
-            self.first = first
+        earlier = [json.loads(line) for line in kept]
+        if earlier and "eval_accuracy" in earlier[0]:
+            self.first = earlier[0]
+        self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
         for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"),
                            ("metrics.jsonl", "".join(kept))):
             # Written under another name, then renamed: a kill at any time leaves the old file or the new one.
@@ -256,6 +258,10 @@ class Log:
         self.step = step
         if is_main():
             line = {"step": step, "seconds": seconds, **self.metrics}
+            if "reward" in line:
+                if "critic/bce" in line:
+                    line["critic/skill"] = skill(line["critic/bce"], line["reward"], self.rewards)
+                self.rewards.append(line["reward"])
             # JSON has no infinity and no NaN.
             line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             self.unwritten += json.dumps(line).encode() + b"\n"
@@ -323,6 +329,19 @@ class Log:
             if wrong and number not in self.warned:
                 say(f"warning: {text}")
             (self.warned.add if wrong else self.warned.discard)(number)
+
+
+def skill(bce, reward, earlier, window=8):
+    """1 - BCE(V) / BCE(constant). The constant is the mean reward of the last `window` steps: what one would
+    expect without reading the prompt. Above 0, the critic knows more; 1 is perfect. None at step 1.
+
+    bce: of V in this step; reward: this step's mean; earlier: those of the steps before it.
+    """
+    if not earlier:
+        return None
+    expected = sum(earlier[-window:]) / len(earlier[-window:])
+    expected = min(max(expected, 0.01), 0.99)  # of 0 and 1 the logarithm is infinite
+    return 1 - bce / -(reward * math.log(expected) + (1 - reward) * math.log(1 - expected))
 
 
 def earlier_lines(path, last):

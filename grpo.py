@@ -7,7 +7,7 @@
 
 The loop is sppo.py's. What differs: the baseline is not learned, and there is no second model. Each prompt
 costs more samples instead. Where all samples of a prompt are right, or all wrong, every advantage is zero and
-the group has no gradient: `group/all_equal` is the share of such prompts.
+the group has no gradient: `group/all_equal` is the share of such prompts, too easy or too hard.
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -57,8 +57,9 @@ class GRPO(Baseline):
 
     def update(self, batch):
         # Nothing is learned, but a user wants to know how many prompts gave no gradient.
-        groups = batch.rewards.view(-1, self.samples_per_prompt)
-        return {"group/all_equal": (groups == groups[:, :1]).all(1).float().mean().item()}
+        solved = batch.rewards.view(-1, self.samples_per_prompt).mean(1)  # the share of each group
+        right, wrong = ((solved == share).float().mean().item() for share in (1, 0))
+        return {"group/all_equal": right + wrong, "group/all_right": right, "group/all_wrong": wrong}
 
 
 class RLOO(GRPO):

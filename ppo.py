@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import InputError, option
-from critic import ValueModel, auc, explained_variance
+from critic import ValueModel, auc
 from data import check_model, load_tokenizer
 from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
@@ -122,9 +122,8 @@ class PPO(Baseline):
         return whiten(advantages, batch.mask)  # over the whole batch, as the papers' code does, then cut
 
     def update(self, batch):
-        prompt_values = self.values[:, 0].numpy()  # V(s_0) has read the prompt alone, like SPPO's
-        return {"critic/auc": auc(prompt_values, batch.rewards.numpy()),
-                "critic/explained_variance": explained_variance(prompt_values, batch.rewards.numpy()),
+        # V(s_0) has read the prompt alone, like SPPO's. With squared errors it may lie outside of (0, 1).
+        return {**self.calibration(self.values[:, 0].clamp(0.01, 0.99), batch.rewards),
                 **tail_effect(self.values, batch.lengths, batch.rewards),
                 **self.critic.update(batch, self.values, self.returns)}
 

@@ -88,6 +88,7 @@ class SPO(Baseline):
         super().__init__(run)
         self.ids = np.array([p.id for p in run.problems])
         self.tracker = ValueTracker(1 + max(p.id for p in run.problems + run.held_out))
+        self.init_samples = 0  # responses that were sampled before step 1
         self.last = {}  # id -> (token ids, log-probabilities) of its last response, six bytes a token
 
     def next_problems(self, first, count):
@@ -103,6 +104,7 @@ class SPO(Baseline):
     def start(self):
         """The tracker's first values, from samples of the policy before training. Counts for step 1."""
         run, n, size = self.run, self.run.config.init_samples, self.run.config.prompts_per_step
+        self.init_samples = n * len(run.problems)
         say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, to start the tracker.")
         for i in range(0, len(run.problems), size):
             problems = run.problems[i : i + size]
@@ -143,7 +145,8 @@ class SPO(Baseline):
 
     def update(self, batch):
         self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
-        return {**self.calibration(self.values, batch.rewards), "tracker/distance": self.distance.mean(),
+        return {**self.calibration(self.values, batch.rewards), "tracker/init_samples": self.init_samples,
+                "tracker/distance": self.distance.mean(),
                 "tracker/rho": self.tracker.rho(self.distance).mean()}
 
     def state_dict(self):

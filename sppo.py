@@ -300,6 +300,7 @@ class TrainConfig(CommandLine):
     steps: int = option(500, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
+    critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
     critic_lr: float = option(5e-6, "learning rate of the critic")
     weight_decay: float = option(0.01, "AdamW's weight decay, for the policy")
@@ -343,9 +344,9 @@ class TrainConfig(CommandLine):
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
-        steps=40, prompts_per_step=128, minibatch=32, lr=1.5e-4, critic_lr=1e-3, clip_high=0.28,
-        temperature=1.0, max_prompt_tokens=64, max_response_tokens=64, save_every=0, eval_every=5,
-        dtype="float32", checkpoint_activations=False)
+        steps=40, prompts_per_step=128, minibatch=32, critic_minibatch=16, lr=1.5e-4, critic_lr=1e-3,
+        clip_high=0.28, temperature=1.0, max_prompt_tokens=64, max_response_tokens=112, save_every=0,
+        eval_every=5, dtype="float32", checkpoint_activations=False)
 
     def check(self):
         super().check()
@@ -374,7 +375,7 @@ class TrainConfig(CommandLine):
     def critic_options(self):
         """The same for a critic, with its own learning rate and weight decay."""
         return {**self.training_options(), "lr": self.critic_lr, "weight_decay": self.critic_weight_decay,
-                "minibatch": self.minibatch}
+                "minibatch": self.critic_minibatch or self.minibatch}
 
 
 if __name__ == "__main__":

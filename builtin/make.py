@@ -1,14 +1,13 @@
 """Makes the built-in models: tiny Qwen2s that do modular arithmetic step by step, and slip.
 
-    python builtin/make.py            # the demo's model, 14 minutes on 2 busy cores; rewrites the checkpoint in this folder
+    python builtin/make.py            # the demo's model, 10 minutes on 2 busy cores; rewrites the checkpoint in this folder
     python builtin/make.py small      # builtin/small: a critic of a fifth of its size, for the same task
-    python builtin/make.py long       # builtin/long: the demo's model, gone on to ramble for hundreds of tokens
 
-They are trained on demonstrations some of whose steps are wrong, so at temperature 1 they know the method but are right
-only about half of the time. That is the state in which reinforcement learning finds a reasoning model: the reward has
-something to separate, and longer chains are harder, so a critic has something to learn.
+They are trained on demonstrations some of whose steps are wrong, so at temperature 1 they know the method but slip.
+That is the state in which reinforcement learning finds a reasoning model: the reward has something to separate. The
+task's longest chains are longer than any that they were taught. So some prompts are easy and others hopeless, as in
+real datasets, and a critic has something to learn.
 """
-import math
 import random
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
-from data import BOXED_SUFFIX, chain_problem, render  # noqa: E402
+from data import BOXED_SUFFIX, apply, chain_problem, render  # noqa: E402
 
 LR = 3e-3
 
@@ -38,7 +37,7 @@ def make_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"])
     tokenizer.add_tokens([AddedToken(phrase, normalized=False)
-                          for phrase in ("Compute ", " modulo 10.", " " + BOXED_SUFFIX, "\\boxed{")])
+                          for phrase in ("Compute ", " modulo 10 from left to right.", " " + BOXED_SUFFIX, "\\boxed{")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False)
@@ -46,17 +45,22 @@ def make_tokenizer():
 
 # ---- demonstrations: (rng) -> (question, answer); a wrong step is carried on from, as a model would ------------------
 
-def slip(result, error_rate, rng):
-    return (result + rng.randrange(1, 10)) % 10 if rng.random() < error_rate else result
+# How often a step of a demonstration is wrong. The model learns to be as unsure as this, so it knows every step and
+# yet slips: rarely in a sum, often in a product.
+SLIPS = {"+": 0.04, "-": 0.12, "*": 0.28}
+TAUGHT = 12  # operations in the longest demonstration; the task has up to 14
+FAULTLESS = dict.fromkeys(SLIPS, 0.0)
 
 
-def chain(rng, max_ops=6, error_rate=1 / 6):
+def chain(rng, max_ops=TAUGHT, slips=SLIPS):
     """The chain solved left to right, one step a line."""
-    question, _ = chain_problem(rng, max_ops=max_ops)
+    question, _ = chain_problem(rng, max_ops)
     text = question.removeprefix("Compute ").split(" modulo")[0]
     value, lines = int(text[0]), []
     for op, digit in zip(text[1::2], map(int, text[2::2]), strict=True):
-        result = slip((value + digit if op == "+" else value - digit) % 10, error_rate, rng)
+        result = apply(value, op, digit)
+        if rng.random() < slips[op]:
+            result = (result + rng.randrange(1, 10)) % 10
         lines.append(f"{value}{op}{digit}={result}\n")
         value = result
     return question, "".join(lines) + f"\\boxed{{{value}}}"
@@ -64,11 +68,11 @@ def chain(rng, max_ops=6, error_rate=1 / 6):
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-# First the sums alone, on short and faultless chains, with a strong weight decay: the tables take long to learn from
+# First the operations alone, on short and faultless chains, with a strong weight decay: the tables take long to learn from
 # noisy examples. Then chains of every length, with slips, and without decay, which keeps the model from being sure.
 MODELS = {
     "chain": dict(folder=FOLDER, hidden_size=96, intermediate_size=256, num_hidden_layers=3, stages=(
-        dict(steps=500, batch=256, weight_decay=1.0, example=lambda rng: chain(rng, max_ops=2, error_rate=0.0)),
+        dict(steps=500, batch=256, weight_decay=1.0, example=lambda rng: chain(rng, max_ops=2, slips=FAULTLESS)),
         dict(steps=900, batch=128, weight_decay=0.0, example=chain))),
     "small": dict(folder=FOLDER / "small", hidden_size=48, intermediate_size=128, num_hidden_layers=2, stages=(
         dict(steps=500, batch=128, weight_decay=0.0, example=chain),))}
@@ -120,23 +124,8 @@ def main(name):
     tokenizer.save_pretrained(folder)
 
 
-def make_rambling(folder, median, sigma, most):
-    """The demo's model, taught to go on after its answer with a row of dots, whose length is log-normal."""
-    def example(rng):
-        question, answer = chain(rng)
-        return question, answer + "." * min(most, int(rng.lognormvariate(math.log(median), sigma)))
-    model = Qwen2ForCausalLM.from_pretrained(FOLDER, max_position_embeddings=1200)
-    tokenizer = make_tokenizer()
-    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=example)], LR / 3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 if __name__ == "__main__":
     name, *more = sys.argv[1:] or ["chain"]
-    if more or name not in (*MODELS, "long"):
+    if more or name not in MODELS:
         sys.exit(__doc__)
-    if name == "long":
-        make_rambling(FOLDER / "long", median=200, sigma=0.5, most=500)
-    else:
-        main(name)
+    main(name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import policy
+from cli import skill
 from critic import auc, explained_variance
 from policy import ChunkedLogProbs
 from sppo import clipped_policy_loss, sequence_advantages
@@ -130,3 +131,14 @@ def test_auc_and_explained_variance():
             assert abs(explained_variance(scores, labels) - (1 - np.var(residual) / np.var(labels))) < 1e-9
     assert auc(np.array([0.1, 0.2]), np.array([1, 1])) is None
     assert explained_variance(np.array([0.1, 0.2]), np.array([1, 1])) is None
+
+
+def test_skill_compares_the_critic_with_the_mean_of_the_last_steps():
+    earlier = [0.9] * 3 + [0.25, 0.5] * 4  # the window is eight steps: the first three do not count
+    rewards, values = [1, 0, 0, 1, 1], [0.8, 0.3, 0.1, 0.6, 0.9]
+    surprise = [-math.log(v if r else 1 - v) for r, v in zip(rewards, values, strict=True)]
+    constant = [-math.log(0.375 if r else 0.625) for r in rewards]
+    assert skill(sum(surprise) / 5, 3 / 5, earlier) == pytest.approx(1 - sum(surprise) / sum(constant))
+    assert skill(sum(constant) / 5, 3 / 5, earlier) == pytest.approx(0)
+    assert skill(0.7, 0.5, []) is None
+    assert math.isfinite(skill(0.7, 0.5, [0.0])) and math.isfinite(skill(0.7, 0.5, [1.0]))

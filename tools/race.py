@@ -1,32 +1,37 @@
 """The race: every algorithm on the same problems, and the papers' figures drawn from what happened.
 
-    python -m tools.race             all of it, on the built-in models; after a kill, run it again
-    python -m tools.race --quick     one seed of SPPO and GRPO: is SPPO sooner as good as GRPO's best?
-    python -m tools.race --redraw    figures and tables from the committed results, without training
+    python -m tools.race                    all algorithms at the papers' batch, at one learning rate for all
+                                            and, once the grid has run, each at its own best rate
+    python -m tools.race --part grid        the learning rates, on a seed that the race does not use
+    python -m tools.race --part batches     SPPO and GRPO at 16 to 512 prompts a step
+    python -m tools.race --part quick       one seed of SPPO and GRPO at the papers' batch
+    python -m tools.race --redraw           figures and tables from the committed results, without training
     python -m tools.race --model M --dataset D -- --max-response-tokens 8192 ...
-                                     any model; what follows -- is given to every run
+                                            any model; what follows -- is given to every run
 
-Every run is a command that a user could give, in a process of its own. Runs take turns, so that a busy
-machine slows all algorithms alike. All have the same loop, engine, optimiser, prompts per step and
-evaluation. What differs is the algorithm and its learning rate. The rate is chosen for each algorithm from
-the same grid, by whole runs on a seed that the race does not use. (Runs of half the length chose rates that
-later diverged.) With a single rate in --lrs, all have that one. The race over long responses uses the same
-rates. Time is that of training steps: evaluations do not count.
+Every run is a command that a user could give, in a process of its own. After a kill, the same command
+continues with the runs that had not finished. All runs have the same loop, engine, optimiser, problems and
+evaluation. What differs is the algorithm, and how many samples it takes of a prompt. Time is that of training
+steps: evaluations do not count.
+
+With `--part batches`, the learning rate grows with the square root of the batch, the usual rule for Adam, and
+the number of steps shrinks by the same factor.
 """
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from tools.race_results import EQUAL, draw, of, report, smooth, speed
+from tools.race_results import EQUAL, best_rates, draw, quick_answer, report
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 8  # samples per prompt of GRPO and RLOO
@@ -34,36 +39,38 @@ ALGORITHMS = {  # name: the script and the options that make it this algorithm
     "SPPO": ["sppo.py"], "SPPO, small critic": ["sppo.py"], "SPO": ["spo.py"], "PPO": ["ppo.py"],
     "PPO + BCE": ["ppo.py", "--value-loss", "bce"], "GRPO": ["grpo.py"], EQUAL: ["grpo.py"],
     "RLOO": ["grpo.py", "--baseline", "rloo"], "ReMax": ["grpo.py", "--baseline", "remax"]}
-LONG = ("SPPO", "PPO", EQUAL)  # the algorithms that race over long responses
-KEPT = ("group/all_equal", "critic/auc", "reward", "response_tokens",  # the metrics that race.json keeps
-        *(f"critic/auc_tenth_{k}" for k in range(1, 11)))
+SAMPLES = {"GRPO": GROUP, EQUAL: GROUP, "RLOO": GROUP, "ReMax": 2}  # a prompt; the others take one
+KEPT = ("group/all_right", "group/all_wrong", "critic/auc", "critic/skill", "reward", "response_tokens",
+        *(f"critic/auc_tenth_{k}" for k in range(1, 11)))  # the metrics that race.json keeps
+PHASES = ("rollout", "reward", "logprobs", "critic", "update", "sync")
 
 
 @dataclass
 class RaceConfig(CommandLine):
-    model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder [the built-in models]")
+    part: Literal["race", "grid", "batches", "quick"] = option("race", "which runs to make")
+    model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder [the built-in model]")
     small_critic: str | None = option(None, "where the small critic starts from; without it, there is none")
     dataset: str = option("chain:1280", "as sppo.py's")
     output: str = option("runs/race", "folder of the runs")
     results: str | None = option(None, "folder for race.json, figures and tables [--output]")
     seeds: int = option(3, "runs of each algorithm", positive=True)
-    lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates to try, or one for all")
+    lr: str = option("1e-6", "the one learning rate for all")
+    lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates of the grid")
     steps: int = option(400, "training steps", positive=True)
     group_steps: int = option(100, "training steps of GRPO and RLOO, each with eight times the samples",
                               positive=True)
     prompts_per_step: int = option(256, "prompts of a step, for all", positive=True)
-    minibatch: int = option(64, "prompts of an optimiser step, for all", positive=True)
+    minibatch: int = option(128, "prompts of an optimiser step, for all", positive=True)
+    batches: tuple[int, ...] = option((64, 256), "prompts of a step in --part batches; a mini-batch is half")
     evaluations: int = option(20, "evaluations in a run", positive=True)
-    long_steps: int = option(0, "training steps of the second race, on builtin/long; 0: none")
     ranks: int = option(1, "processes of each run (torchrun)", positive=True)
     threads: int = option(1, "threads of each process; more do not help the built-in models", positive=True)
     jobs: int = option(1, "runs at once; with more than idle cores, times mean nothing", positive=True)
-    quick: bool = option(False, "one seed of SPPO and GRPO, at the middle learning rate")
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
     BUILTIN: ClassVar[dict] = dict(
-        small_critic=f"{BUILTIN_MODEL}/small", results="results", lrs=("3.75e-5", "7.5e-5", "1.5e-4", "3e-4"),
-        steps=40, group_steps=10, prompts_per_step=64, minibatch=16, evaluations=10, long_steps=20)
+        small_critic=f"{BUILTIN_MODEL}/small", results="results", lr="3e-4", lrs=("1.5e-4", "3e-4", "6e-4"),
+        steps=40, group_steps=16, batches=(16, 64, 256, 512))
 
     def check(self):
         super().check()
@@ -71,61 +78,54 @@ class RaceConfig(CommandLine):
             raise InputError(
                 f"--minibatch {self.minibatch}: must divide --prompts-per-step {self.prompts_per_step} and "
                 f"be a multiple of {GROUP}, so that groups of {GROUP} can make as many samples")
+        for size in self.batches:
+            if size < 2 or size % 2:
+                raise InputError(f"--batches {size}: a mini-batch is half of it; give even numbers")
 
 
-def race(c, extra):
-    """Trains what has not been trained yet. extra: options for every run. Returns what race.json holds."""
+def runs_of(c, results):
+    """The runs of a part: (algorithm, learning rate, seed, prompts a step) of each, in their order."""
     names = [name for name in ALGORITHMS if c.small_critic or name != "SPPO, small critic"]
-    lrs, grid, long, seeds = dict.fromkeys(names, c.lrs[len(c.lrs) // 2]), [], [], range(c.seeds)
-    if c.quick:
-        names, seeds = ["SPPO", "GRPO"], range(1)
-    elif len(c.lrs) > 1:
-        grid = run_all((c, extra, name, lr, c.seeds, "grid") for lr in c.lrs for name in names)
-        for name in names:
-            lrs[name] = max(of(grid, name), key=lambda run: smooth(run["accuracy"])[-1])["lr"]
-    part = "quick" if c.quick else "race"
-    runs = run_all((c, extra, name, lrs[name], seed, part) for seed in seeds for name in names)
-    if c.long_steps and not c.quick:
-        long = run_all((c, extra, name, lrs[name], seed, "long") for seed in seeds for name in LONG)
-    return {"settings": {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()}, "extra": extra,
-            "machine": machine(), "grid": grid, "race": runs, "long": long}
+    if c.part == "quick":
+        return [(name, c.lr, 0, c.prompts_per_step) for name in ("GRPO", "SPPO")]
+    if c.part == "grid":
+        return [(name, lr, c.seeds, c.prompts_per_step) for lr in c.lrs for name in names]
+    if c.part == "batches":  # the slowest first, so that no core idles at the end
+        return [(name, f"{float(c.lr) * math.sqrt(size / c.prompts_per_step):.3g}", seed, size)
+                for size in sorted(c.batches, reverse=True) for seed in range(c.seeds)
+                for name in ("GRPO", "SPPO")]
+    best = best_rates(results["grid"]["runs"]) if "grid" in results else {}
+    rates = {name: dict.fromkeys((c.lr, best.get(name, c.lr))) for name in names}  # once if they are the same
+    return [(name, lr, seed, c.prompts_per_step)
+            for seed in range(c.seeds) for name in names for lr in rates[name]]
 
 
-def run_all(runs):
-    """The records of all runs, in their order. runs: the arguments of `one_run` for each."""
-    runs = list(runs)
-    with ThreadPool(runs[0][0].jobs) as pool:
-        return list(pool.imap(lambda run: one_run(*run), runs))
-
-
-def one_run(c, extra, name, lr, seed, part):
-    """The record of one run: accuracy over seconds, and metrics. A finished one is read again."""
+def one_run(c, extra, name, lr, seed, prompts):
+    """The record of a run: accuracy over seconds and responses, and metrics. A finished one is only read."""
     share = GROUP if name == EQUAL else 1
-    steps = c.long_steps if part == "long" else c.group_steps if name in ("GRPO", "RLOO") else c.steps
-    evaluations = 5 if part == "long" else c.evaluations  # they take long, there
-    if part == "long":
-        model = ["--model", f"{BUILTIN_MODEL}/long", "--max-response-tokens", 600]
-    else:
-        model = ["--model", c.model]
+    scale = math.sqrt(c.prompts_per_step / prompts)  # fewer prompts a step: a lower rate, and more steps
+    steps = round(scale * (c.group_steps if name in ("GRPO", "RLOO") else c.steps))
+    minibatch = c.minibatch * prompts // c.prompts_per_step // share
     critic = ["--critic-model", c.small_critic] if name == "SPPO, small critic" else []
     command = [
-        *ALGORITHMS[name], *critic, *model, "--dataset", c.dataset, "--lr", lr, "--seed", seed,
-        "--steps", steps, "--save-every", 0, "--eval-every", max(1, steps // evaluations),
-        "--prompts-per-step", c.prompts_per_step // share, "--minibatch", c.minibatch // share, *extra]
+        *ALGORITHMS[name], *critic, "--model", c.model, "--dataset", c.dataset, "--lr", lr, "--seed", seed,
+        "--steps", steps, "--save-every", 0, "--eval-every", max(1, steps // c.evaluations),
+        "--prompts-per-step", prompts // share, "--minibatch", minibatch, *extra]
     words = name.replace(",", "").replace(" + ", " ").split()
-    folder = Path(c.output) / "-".join([part, *words, lr, str(seed)])
+    folder = Path(c.output) / "-".join(map(str, [*words, prompts, lr, steps, seed]))
     lines = metrics_of(folder, command, c.ranks, c.threads)
     evaluated = [m for m in lines if "eval_accuracy" in m]
     say(f"{folder.name:<36} accuracy {evaluated[0]['eval_accuracy']:.3f} -> "
         f"{evaluated[-1]['eval_accuracy']:.3f} in {lines[-1]['seconds']:>4.0f} s")
-    samples = GROUP if name in ("GRPO", EQUAL, "RLOO") else 2 if name == "ReMax" else 1
-    return {"algorithm": name, "lr": lr, "seed": seed,
+    # SPO also samples every problem eight times before its first step.
+    first = lines[1].get("tracker/init_samples", 0)
+    responses = prompts // share * SAMPLES.get(name, 1)
+    return {"algorithm": name, "lr": lr, "seed": seed, "prompts": prompts,
             "command": " ".join(map(str, command)).replace(f"{ROOT}/", ""),
             "seconds": [round(m["seconds"], 2) for m in evaluated],
-            # None for SPO, which samples every prompt several times before its first step.
-            "responses": None if name == "SPO" else [
-                c.prompts_per_step // share * samples * m["step"] for m in evaluated],
+            "responses": [m["step"] and first + responses * m["step"] for m in evaluated],
             "accuracy": [round(m["eval_accuracy"], 4) for m in evaluated],
+            "phases": {phase: round(sum(m.get(f"time/{phase}", 0) for m in lines), 2) for phase in PHASES},
             "metrics": {key: [m[key] and round(m[key], 4) for m in lines if key in m]
                         for key in KEPT if key in lines[-1]}}
 
@@ -163,32 +163,30 @@ def machine():
     return f"{os.cpu_count()} cores ({models[0] if models else 'CPU'}), no GPU"
 
 
-def quick_answer(runs):
-    """One sentence: how long GRPO takes to its best accuracy, as a multiple of SPPO's time."""
-    best = f"GRPO's best smoothed accuracy, {max(smooth(of(runs, 'GRPO')[0]['accuracy'])):.3f},"
-    ratio, = speed(runs)["GRPO"]
-    if ratio > 0:
-        return f"To {best} GRPO takes {ratio:.1f} times as long as SPPO."
-    # 0 if SPPO never reaches it; not a number if SPPO has it from the start.
-    return f"{best} SPPO {'does not reach in' if ratio == 0 else 'has from the start of'} this race."
-
-
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     c, extra = RaceConfig.parse(__doc__, arguments[:cut]), arguments[cut + 1 :]
     with clear_errors():
         c.check()
+        if c.part == "quick":  # three quarters of a run's steps are enough to see who is ahead
+            c = replace(c, steps=max(1, c.steps * 3 // 4), group_steps=max(1, c.group_steps * 3 // 4))
         folder = Path(c.results or c.output)
         file = folder / "race.json"
         if c.redraw and not file.exists():
             raise InputError(f"{file}: there are no results to draw; run the race first (without --redraw)")
-        results = json.loads(file.read_text()) if c.redraw else race(c, extra)
-        if c.quick:
-            say("\n" + quick_answer(results["race"]))
-            return
+        results = json.loads(file.read_text()) if file.exists() else {}
+        if not c.redraw:
+            with ThreadPool(c.jobs) as pool:
+                runs = list(pool.imap(lambda run: one_run(c, extra, *run), runs_of(c, results)))
+            if c.part == "quick":
+                say("\n" + quick_answer(runs))
+                return
+            settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()}
+            results[c.part] = {"settings": settings, "extra": extra, "machine": machine(), "runs": runs}
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        # A line for each run.
+        file.write_text(json.dumps(results).replace('{"algorithm"', '\n{"algorithm"') + "\n")
         draw(results, folder)
         (folder / "race.md").write_text(report(results))
         say("\n" + report(results) + f"\nFigures and tables are in {folder}.")
