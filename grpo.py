@@ -92,7 +92,7 @@ class GRPOConfig(TrainConfig):
     normalize: bool = option(True, "divide by the standard deviation of the group (grpo)")
 
     # Fewer prompts than sppo.py, since each has a group of responses: the demo still takes only minutes.
-    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "steps": 20, "prompts_per_step": 64, "minibatch": 16}
+    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "steps": 20, "prompts_per_step": 64, "minibatch": 32}
 
     def __post_init__(self):
         self.output = self.output or f"runs/{self.baseline}"

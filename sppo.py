@@ -344,7 +344,7 @@ class TrainConfig(CommandLine):
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(
-        steps=40, prompts_per_step=128, minibatch=32, critic_minibatch=16, lr=1.5e-4, critic_lr=1e-3,
+        steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,
         clip_high=0.28, temperature=1.0, max_prompt_tokens=64, max_response_tokens=112, save_every=0,
         eval_every=5, dtype="float32", checkpoint_activations=False)
 

@@ -6,24 +6,25 @@ import re
 import pytest
 from conftest import ROOT, complaint, run
 
+from tools import race_results
 from tools.race import main
-from tools.race_results import cost_to, ratio_text, report, smooth, speed, student_interval
+from tools.race_results import best_rates, cost_to, ratio_text, smooth, speed, student_interval
 
 
-def runner(name, seed, accuracy, seconds=None):
+def runner(name, seed, accuracy, seconds=None, lr="1", prompts=64):
     count, samples = len(accuracy), 8 if name == "GRPO" else 1
-    return {"algorithm": name, "seed": seed, "lr": "1", "accuracy": accuracy,
+    return {"algorithm": name, "seed": seed, "lr": lr, "prompts": prompts, "accuracy": accuracy,
             "seconds": seconds or [10 * i for i in range(count)],
-            "responses": None if name == "PPO" else [samples * i for i in range(count)], "metrics": {}}
+            "responses": [samples * i for i in range(count)], "metrics": {}}
 
 
-def test_smoothing_and_the_time_to_a_target():
+def test_smoothing_and_the_cost_to_a_target():
     assert smooth([0.0, 0.3, 0.6, 0.9]) == pytest.approx([0.0, 0.15, 0.3, 0.6])
     assert cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.3) == 20
     assert cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.7) == math.inf
 
 
-def test_speed_is_measured_to_grpos_best_of_the_same_seed():
+def test_cost_is_compared_at_grpos_best_of_the_same_seed_and_batch():
     slow = [0, 40, 80, 120]
     runs = [runner("SPPO", 0, [0.5, 0.9, 0.9, 0.9]), runner("GRPO", 0, [0.5, 0.7, 0.7, 0.7], slow),
             runner("SPPO", 1, [0.5, 0.5, 0.5, 0.9]), runner("GRPO", 1, [0.5, 0.5, 0.5, 0.5], slow),
@@ -32,9 +33,22 @@ def test_speed_is_measured_to_grpos_best_of_the_same_seed():
     # On seed 1 all begin where GRPO ends.
     assert ratios["SPPO"] == [1.0, pytest.approx(math.nan, nan_ok=True)]
     assert ratios["GRPO"][0] == 120 / 10 and ratios["PPO"][0] == math.inf
-    assert by_responses["GRPO"][0] == 24 / 1 and "PPO" not in by_responses
+    assert by_responses["GRPO"][0] == 24 / 1
+    assert speed(runs, target=0.6)["GRPO"] == [40 / 10, math.inf]  # seed 1: GRPO never gets there
+    other = [{**run, "prompts": 256, "accuracy": [0.5, 0.5, 0.5, 0.5]} for run in runs]
+    assert len(speed(runs + other)["GRPO"]) == 4  # another batch is another contest
     assert ratio_text([12.0, 3.0, math.inf]) == "12.0 [3.0, never]"
     assert ratio_text([2.0, 0.0, math.nan]) == "1.0 [SPPO never, 2.0]" and ratio_text([math.nan]) == "–"
+
+
+def test_protocols_are_one_rate_for_all_and_the_best_of_the_grid():
+    grid = [runner(name, 3, [0.0, end], lr=lr) for name, lr, end in (
+        ("SPPO", "1", 0.5), ("SPPO", "2", 0.7), ("GRPO", "1", 0.8), ("GRPO", "2", 0.3))]
+    assert best_rates(grid) == {"SPPO": "2", "GRPO": "1"}
+    runs = [runner(name, 0, [0.0, 0.5], lr=lr) for name, lr in (("SPPO", "1"), ("SPPO", "2"), ("GRPO", "1"))]
+    results = {"race": {"runs": runs, "settings": {"lr": "1"}}, "grid": {"runs": grid}}
+    assert list(race_results.protocols(results).values()) == [[runs[0], runs[2]], [runs[1], runs[2]]]
+    assert list(race_results.protocols({"race": results["race"]}).values()) == [[runs[0], runs[2]]]
 
 
 def test_intervals_are_students():
@@ -50,16 +64,16 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in (ROOT / "results").iterdir()}
     for page in ("README.md", "docs/measurements.md"):
         cited = re.findall(r"0\.\d{3} ± 0\.\d{3}", (ROOT / page).read_text())
-        assert cited and all(number in report(results) for number in cited), f"{page} cites other results"
+        assert cited and all(number in race_results.report(results) for number in cited), f"{page} cites other results"
 
 
 def test_a_quick_race_continues_where_it_stopped(tmp_path):
-    command = ["tools/race.py", "--quick", "--steps", "2", "--group-steps", "1", "--evaluations", "1",
+    command = ["tools/race.py", "--part", "quick", "--steps", "3", "--group-steps", "1", "--evaluations", "1",
                "--output", tmp_path, "--", "--engine", "transformers", "--eval-problems", "16",
                "--prompts-per-step", "16", "--minibatch", "8"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"GRPO takes \d+\.\d times as long|SPPO (does not|has from the start)", done.stdout)
+    assert re.search(r"GRPO takes \d+\.\d times as many responses|SPPO (does not|has from the start)", done.stdout)
     finished = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in tmp_path.iterdir()}
     killed = next(iter(finished))
     (killed / "command.json").unlink()

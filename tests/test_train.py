@@ -31,15 +31,17 @@ def test_the_demo_learns(demo):
     lines = metrics(output)
 
     assert [m["step"] for m in lines] == list(range(lines[-1]["step"] + 1))
-    assert 0.35 <= lines[0]["eval_accuracy"] <= 0.60
-    assert lines[-1]["eval_accuracy"] >= 0.75
+    assert 0.25 <= lines[0]["eval_accuracy"] <= 0.50
+    assert lines[-1]["eval_accuracy"] >= 0.60
     for m in lines[1:]:
         assert {"seconds", "reward", "response_tokens", "policy/entropy", "critic/bce", "critic/explained_variance",
                 *(f"time/{phase}" for phase in ("rollout", "reward", "logprobs", "update", "critic", "sync"))} <= m.keys()
         assert m["policy/rollout_gap"] < 1e-3  # the engine really samples from the weights that are trained
-    # The critic learned which problems are hard: better than a coin on prompts that it had not seen.
-    late = [m["critic/auc"] for m in lines[-20:] if m["critic/auc"] is not None]
-    assert sum(late) / len(late) > 0.53
+    # The critic learned which problems are hard: it ranks prompts that it has not seen, and knows more of them
+    # than a constant would.
+    for key, least in (("critic/auc", 0.7), ("critic/skill", 0.1)):
+        late = [m[key] for m in lines[-10:] if m[key] is not None]
+        assert sum(late) / len(late) > least, key
 
 
 @pytest.mark.xdist_group("demo")
@@ -59,11 +61,11 @@ def test_what_the_demo_says(demo):
 @needs_vllm
 def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
     """transformers and vLLM load it, and it is as good as it was."""
-    builtin_settings = ["--temperature", "1", "--max-prompt-tokens", "64", "--max-response-tokens", "64", "--dtype", "float32"]
+    builtin_settings = ["--temperature", "1", "--max-prompt-tokens", "64", "--max-response-tokens", "112", "--dtype", "float32"]
     done = run("sppo.py", "--model", demo[1] / "model", *builtin_settings, *QUICK, "--eval-problems", "128",
                "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path)[0]["eval_accuracy"] > 0.65
+    assert metrics(tmp_path)[0]["eval_accuracy"] > 0.55
 
 
 @pytest.mark.xdist_group("demo")
@@ -73,7 +75,7 @@ def test_two_ranks_learn_like_one(demo, tmp_path):
     one, two = ([m["eval_accuracy"] for m in metrics(folder)[:11] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
     print(f"\naccuracy by 5 steps on 1 rank {one}, on 2 ranks {two}")
     assert len(one) == len(two) == 3
-    assert two[0] < 0.6 and two[-1] >= 0.75
+    assert two[0] < 0.5 and two[-1] >= 0.55
     for folder in (demo[1], tmp_path):  # the critic began with the mean of the first rewards, on both ranks
         first, n = metrics(folder)[1], 128
         mean, value = first["reward"], (first["reward"] * n + 0.5) / (n + 1)
