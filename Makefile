@@ -18,20 +18,26 @@ test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
-race: install  ## every algorithm on the built-in tasks, and the figures: somewhat over an hour on two idle cores
+race: install  ## every algorithm at the papers' batch, and the figures: about an hour on two idle cores
 	$(BIN)/python -m tools.race --jobs 2
 
-race-quick: install  ## one seed of SPPO and GRPO: some minutes
-	$(BIN)/python -m tools.race --quick
+race-batches: install  ## SPPO and GRPO at 16 to 512 prompts a step: about 40 minutes
+	$(BIN)/python -m tools.race --part batches --jobs 2
+
+race-grid: install  ## each algorithm's best learning rate, which `make race` then also uses: about an hour
+	$(BIN)/python -m tools.race --part grid --jobs 2
+
+race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: some minutes
+	$(BIN)/python -m tools.race --part quick --jobs 2
 
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
-.venv/installed: requirements.txt requirements-cpu.txt requirements-optional.txt tools/install.py tools/excluded.txt
+.venv/installed: requirements.txt requirements-cpu.txt tools/install.py tools/excluded.txt
 	$(PYTHON) tools/install.py $(REQUIREMENTS) --torch-index $(TORCH_INDEX) --with $(WITH)
 	@touch $@
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help demo test race race-quick install clean
+.PHONY: help demo test race race-batches race-grid race-quick install clean
 .DEFAULT_GOAL := help

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import textwrap
@@ -197,7 +196,7 @@ COLUMNS = (
 
 
 class Log:
-    """Collects a step's metrics, prints a line of them, writes them to metrics.jsonl, TensorBoard and W&B.
+    """Collects a step's metrics, prints a line of them, and writes them to metrics.jsonl.
 
     resumed_after: the last step of the checkpoint that the run resumes from. What an earlier process wrote
     about later steps is removed, since these steps are trained again.
@@ -224,20 +223,6 @@ class Log:
                 os.fsync(file.fileno())
             (folder / f"{name}.partial").replace(folder / name)
         self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
-        self.writers = []
-        with contextlib.suppress(ImportError, OSError):
-            from torch.utils.tensorboard import SummaryWriter
-            if not resumed_after:
-                shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # starts anew, like metrics.jsonl
-            board = SummaryWriter(folder / "tensorboard", purge_step=resumed_after + 1)
-            self.writers.append(lambda step, line: [board.add_scalar(k, v, step) for k, v in line.items()])
-        if config.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("--wandb needs `pip install wandb`") from None
-            wandb.init(project=config.wandb, dir=folder, config=dataclasses.asdict(config))
-            self.writers.append(lambda step, values: wandb.log(values, step=step))
         self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)
 
     def add(self, *metrics):
@@ -269,12 +254,6 @@ class Log:
                 self._write_lines()
             except OSError as error:
                 say(f"warning: metrics.jsonl cannot be written ({error}); the next step tries again")
-            for write in list(self.writers):
-                try:
-                    write(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
-                except OSError as error:
-                    self.writers.remove(write)
-                    say(f"warning: no more TensorBoard or W&B events ({error}); metrics.jsonl has everything")
             self._warn(line)
             shown = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"]
             shown += [f"{label} {line[m]:{form}}" for label, m, form in COLUMNS if line.get(m) is not None]
@@ -305,7 +284,7 @@ class Log:
                      f"{self.last.rewards.mean():.3f}, and the mean response from {length:.1f} to "
                      f"{self.last.lengths.float().mean():.1f} tokens.")
         text += (f" The model is in {c.output}/model, for transformers and vllm to load; all metrics are in "
-                 f"{c.output}/metrics.jsonl (or: tensorboard --logdir {c.output}).")
+                 f"{c.output}/metrics.jsonl (for TensorBoard or W&B: python -m tools.board {c.output}).")
         if c.model == BUILTIN_MODEL:
             text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or "
                      "train your own model with --model and --dataset (see the README).")

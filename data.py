@@ -1,7 +1,7 @@
 """Problems: where they come from, how one becomes a prompt, and whether a model can read it.
 
-`load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, a dataset on the hub, or a task
-of the library reasoning-gym. Whatever the source, a problem is a list of chat messages and a gold answer.
+`load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, or a dataset on the hub.
+Whatever the source, a problem is a list of chat messages and a gold answer.
 """
 import glob
 import hashlib
@@ -10,11 +10,12 @@ import os
 import random
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
 
-from cli import InputError, is_main, say
+from cli import BUILTIN_MODEL, InputError, is_main, say
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
@@ -46,11 +47,10 @@ def first_line(error):
 
 # ---- reading problems --------------------------------------------------------------------------------------
 
-def load_problems(spec, size=20_000, seed=0):
+def load_problems(spec):
     """All problems of `spec`, in their source's order, duplicates removed:
 
-        chain or chain:SIZE         the built-in task (`size` problems, generated from `seed`)
-        reasoning_gym:NAME          procedural problems (`size` of them; pip install reasoning-gym)
+        chain or chain:SIZE         the built-in task: the first 8,192 rows of builtin/chain.jsonl, or SIZE
         FILE.jsonl, FILE.parquet    one problem a row
         HUB/NAME[/CONFIG][:SPLIT]   a hub dataset; the split is `train` unless named
 
@@ -58,9 +58,7 @@ def load_problems(spec, size=20_000, seed=0):
     """
     name, _, argument = spec.partition(":")
     if name == "chain" and (not argument or argument.isdigit()):
-        rows = chain_rows(int(argument or size), seed)
-    elif name == "reasoning_gym":
-        rows = reasoning_gym_rows(argument, size, seed)
+        rows = islice(file_rows(Path(BUILTIN_MODEL, "chain.jsonl")), int(argument or 8192))
     elif spec.endswith((".jsonl", ".parquet")):
         rows = file_rows(Path(spec))
     else:
@@ -107,16 +105,6 @@ def hub_rows(spec):
     except Exception as error:  # the library raises a dozen kinds; each is about this name
         raise InputError(f"{spec}: is neither a .jsonl or .parquet file nor a dataset on the hub in reach "
                          f"({first_line(error)})") from None
-
-
-def reasoning_gym_rows(name, size, seed):
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise InputError(f"reasoning_gym:{name} needs `pip install reasoning-gym`") from None
-    if name not in reasoning_gym.factory.DATASETS:
-        raise InputError(f"reasoning_gym:{name}: there is no such task; see reasoning_gym.factory.DATASETS")
-    return reasoning_gym.create_dataset(name, size=size, seed=seed)  # rows with a `question` and an `answer`
 
 
 def is_chat(prompt):
@@ -255,33 +243,3 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
     context = getattr(config, "max_position_embeddings", None)
     if context and tokens > context:
         raise InputError(f"{model}: reads at most {context} tokens, not {tokens}; lower {options}")
-
-
-# ---- the built-in task -------------------------------------------------------------------------------------
-
-def chain_problem(rng, max_ops=14):
-    """One chain of 1 to `max_ops` operations modulo 10, from left to right. The prompt tells how hard it is:
-    the built-in model may slip at every operation, most often at a product, and was taught no chain of more
-    than 12.
-
-    Factors are 3, 7 and 9, which have an inverse modulo 10: a wrong step is not made good by a product.
-    """
-    value = rng.randrange(10)
-    text = str(value)
-    for _ in range(rng.randint(1, max_ops)):
-        op = rng.choice("+-*")
-        digit = rng.choice((3, 7, 9)) if op == "*" else rng.randrange(10)
-        text += f"{op}{digit}"
-        value = apply(value, op, digit)
-    return f"Compute {text} modulo 10 from left to right.", str(value)
-
-
-def apply(value, op, digit):
-    return (value + digit if op == "+" else value - digit if op == "-" else value * digit) % 10
-
-
-def chain_rows(size, seed):
-    rng = random.Random(seed)
-    for _ in range(size):
-        question, answer = chain_problem(rng)
-        yield {"problem": question, "answer": answer}

@@ -171,7 +171,7 @@ class SPO(Baseline):
 
 @dataclass
 class SPOConfig(TrainConfig):
-    output: str = option("runs/spo", "folder for metrics.jsonl, TensorBoard events and the trained model")
+    output: str = option("runs/spo", "folder for metrics.jsonl, checkpoints and the trained model")
     prompts_per_step: int = option(1024, "prompts sampled in a step", positive=True)
     clip_high: float = option(0.28, "the ratio is clipped above 1 + this")
     dual_clip: float = option(10.0, "where A < 0, the objective is at least this times A (0: no such bound)")

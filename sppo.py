@@ -290,8 +290,8 @@ def train(config, make_baseline):
 class TrainConfig(CommandLine):
     """The options of every training script. Algorithms add theirs in a subclass."""
     model: str = option(BUILTIN_MODEL, "policy: a hub name or folder [built-in]", group="what to train on")
-    dataset: str = option("chain", "chain[:SIZE], reasoning_gym:NAME, FILE.{jsonl,parquet}, HUB/NAME[:SPLIT]")
-    output: str = option("runs/sppo", "folder for metrics.jsonl, TensorBoard events and the trained model")
+    dataset: str = option("chain", "chain[:SIZE], FILE.{jsonl,parquet}, or HUB/NAME[:SPLIT]")
+    output: str = option("runs/sppo", "folder for metrics.jsonl, checkpoints and the trained model")
     critic_model: str | None = option(None, "model that the critic starts from [the policy's]")
     max_prompt_tokens: int = option(1024, "problems with longer prompts are dropped, with a message")
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
@@ -340,7 +340,6 @@ class TrainConfig(CommandLine):
     resume: bool = option(False, "continue from the newest checkpoint in --output, if there is one")
     deterministic: bool = option(False, "the same command gives the same numbers on the same CPU; slower")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
-    wandb: str | None = option(None, "log to this Weights & Biases project")
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(

@@ -2,12 +2,14 @@
 
     python builtin/make.py            # the demo's model, 10 minutes on 2 busy cores; rewrites the checkpoint in this folder
     python builtin/make.py small      # builtin/small: a critic of a fifth of its size, for the same task
+    python builtin/make.py problems   # builtin/chain.jsonl: the problems of the task
 
 They are trained on demonstrations some of whose steps are wrong, so at temperature 1 they know the method but slip.
 That is the state in which reinforcement learning finds a reasoning model: the reward has something to separate. The
 task's longest chains are longer than any that they were taught. So some prompts are easy and others hopeless, as in
 real datasets, and a critic has something to learn.
 """
+import json
 import random
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
-from data import BOXED_SUFFIX, apply, chain_problem, render  # noqa: E402
+from data import BOXED_SUFFIX, render  # noqa: E402
 
 LR = 3e-3
 
@@ -41,6 +43,37 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False)
+
+
+# ---- the task -------------------------------------------------------------------------------------------------------
+
+def chain_problem(rng, max_ops=14):
+    """One chain of 1 to `max_ops` operations modulo 10, from left to right. The prompt tells how hard it is:
+    the built-in model may slip at every operation, most often at a product, and was taught no chain of more
+    than 12.
+
+    Factors are 3, 7 and 9, which have an inverse modulo 10: a wrong step is not made good by a product.
+    """
+    value = rng.randrange(10)
+    text = str(value)
+    for _ in range(rng.randint(1, max_ops)):
+        op = rng.choice("+-*")
+        digit = rng.choice((3, 7, 9)) if op == "*" else rng.randrange(10)
+        text += f"{op}{digit}"
+        value = apply(value, op, digit)
+    return f"Compute {text} modulo 10 from left to right.", str(value)
+
+
+def apply(value, op, digit):
+    return (value + digit if op == "+" else value - digit if op == "-" else value * digit) % 10
+
+
+def write_problems(size=8_800, seed=0):
+    """8,192 problems to train on, and some for `eval.py --benchmarks chain`."""
+    rng = random.Random(seed)
+    problems = [chain_problem(rng) for _ in range(size)]
+    lines = [json.dumps({"problem": question, "answer": answer}) + "\n" for question, answer in problems]
+    (FOLDER / "chain.jsonl").write_text("".join(lines))
 
 
 # ---- demonstrations: (rng) -> (question, answer); a wrong step is carried on from, as a model would ------------------
@@ -126,6 +159,9 @@ def main(name):
 
 if __name__ == "__main__":
     name, *more = sys.argv[1:] or ["chain"]
-    if more or name not in MODELS:
+    if more or name not in (*MODELS, "problems"):
         sys.exit(__doc__)
-    main(name)
+    if name == "problems":
+        write_problems()
+    else:
+        main(name)

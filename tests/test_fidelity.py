@@ -95,7 +95,7 @@ def test_a_policy_step_takes_the_mean_and_the_dual_clip_that_are_asked_for(mean,
 def test_spos_defaults_are_its_recipes_and_nothing_is_forgotten_at_a_first_visit():
     c = SPOConfig()
     assert (c.temperature, c.dual_clip, c.clip_low, c.clip_high) == (1.0, 10.0, 0.2, 0.28)
-    problems = load_problems("chain", size=6)
+    problems = load_problems("chain:6")
     responses = [Response([5, 6], [-1.0] * 2, True)] * 12
     sampled = Batch([p for p in problems for _ in range(2)], [[1]] * 12, responses, torch.ones(12))
     policy = SimpleNamespace(logprobs=lambda sequences: torch.full((len(sequences), 2), -9.0))  # far from everything
@@ -132,7 +132,7 @@ def test_the_readmes_commands_have_the_papers_settings():
 
 
 def test_a_few_gold_answers_that_nobody_can_match_are_dropped_aloud(capsys):
-    problems = load_problems("chain", size=500)
+    problems = load_problems("chain:500")
     broken = [problems[7].__class__(p.id, p.messages, "\\frac{" if p.id == 7 else p.answer) for p in problems]
     verifier = Verifier(1, 2.0)
     training, held_out = broken[:400], broken[400:]

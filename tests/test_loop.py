@@ -26,7 +26,7 @@ def test_every_problem_comes_once_an_epoch_in_a_new_order():
 def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
     """Whatever the order in which responses finish. Here a response is its answer, greedy ones are always right."""
     tokenizer = load_tokenizer(BUILTIN_MODEL)
-    problems = load_problems("chain", size=6)
+    problems = load_problems("chain:6")
     asked = []
 
     def generate(prompts, *, temperature, max_tokens, top_p, seeds, partial, pause_after, wait_for):

@@ -68,7 +68,7 @@ def with_uv(requirements, torch_index, cpu):
         install += ["--excludes", EXCLUDED, *torch_from(torch_index, install, requirements, variables)]
     if not run(*install, "-r", requirements, **variables):
         return say("Uv could not do it. Now pip tries, which takes minutes.")
-    return extras(install, variables)
+    return True
 
 
 def with_pip(requirements, torch_index, cpu):
@@ -79,14 +79,6 @@ def with_pip(requirements, torch_index, cpu):
         return False
     if cpu:  # pip cannot leave them out
         run(PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", "-r", EXCLUDED)
-    return extras(install)
-
-
-def extras(install, variables=()):
-    """What can be done without, and has to be compiled: not every machine has a compiler."""
-    if not run(*install, "--quiet", "-r", "requirements-optional.txt", quiet=True, **dict(variables)):
-        say("Without reasoning-gym, needed for `--dataset reasoning_gym:NAME`: it must be compiled, which "
-            "takes a C compiler and Python's headers.")
     return True
 
 
