@@ -238,6 +238,8 @@ def lock(output):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError("another run is writing into it; wait for it, or give another --output") from None
+        except OSError as error:  # some network file systems have no locks
+            say(f"warning: {output} cannot be locked ({error}): let no other run write into it")
         return held
 
 

@@ -17,7 +17,6 @@ import typing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 BUILTIN_MODEL = str(Path(__file__).resolve().parent / "builtin")
@@ -68,9 +67,8 @@ class CommandLine:
     def parse(cls, description, arguments=None):
         """The config that the command line (or a list of `arguments`) asks for."""
         parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage="%(prog)s [OPTIONS]", allow_abbrev=False,
-            argument_default=argparse.SUPPRESS)  # so that only what was typed is returned
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            usage="%(prog)s [OPTIONS]", argument_default=argparse.SUPPRESS)  # only what was typed
         groups, heading = {}, "options"
         for field in dataclasses.fields(cls):
             heading = field.metadata["group"] or heading
@@ -150,7 +148,7 @@ class Stop:
         """Whether any rank was asked to stop. All must stop in the same step: a rank that stopped by itself
         would leave the others waiting for it in a collective."""
         requested = torch.tensor(int(self.requested > 0))
-        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
         return bool(requested)
 
 
@@ -178,11 +176,36 @@ class Clock:
         return {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
 
     @contextlib.contextmanager
-    def __call__(self, phase):
-        """`with clock("update"): ...` adds the seconds of its body to that phase."""
+    def __call__(self, phase, rows=None):
+        """`with clock("update"): ...` adds the seconds of its body to that phase. rows: for `Progress`."""
         start = self.now()
-        yield
+        with progress.phase(phase, rows):
+            yield
         self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - start
+
+
+class Progress:
+    """What the running phase has done so far: a line on rank 0's terminal, after ten seconds, until it ends.
+
+    Whoever does the work calls `add`, and need not know whether anybody looks.
+    """
+    bar, tokens, since = tqdm(disable=True), 0, 0.0
+
+    @contextlib.contextmanager
+    def phase(self, name, rows=None, **options):
+        """rows: how many responses (or prompts) this rank will do, if that is known. options: tqdm's."""
+        self.tokens, self.since = 0, time.time()
+        options = dict(leave=False, delay=10, disable=None if is_main() else True) | options
+        with tqdm(desc=name, total=rows, unit="row", dynamic_ncols=True, miniters=0, **options) as self.bar:
+            yield self.bar
+
+    def add(self, rows=0, tokens=0):
+        self.tokens += tokens
+        self.bar.set_postfix_str(f"{self.tokens / (time.time() - self.since):,.0f} tokens/s", refresh=False)
+        self.bar.update(rows)  # draws at most ten times a second
+
+
+progress = Progress()
 
 
 # ---- what a run prints and writes --------------------------------------------------------------------------
@@ -203,9 +226,9 @@ class Log:
     """
 
     def __init__(self, config, resumed_after=0):
-        self.config, self.step, self.metrics = config, resumed_after, {}
+        # warned: the warnings that hold now, so that each is printed once
+        self.config, self.step, self.metrics, self.warned = config, resumed_after, {}, set()
         self.first, self.last = None, None  # the first evaluation's metrics, the last one's Batch
-        self.warned = set()  # the warnings that hold now, so that each is printed once
         if not is_main():
             return
         folder = Path(config.output)

@@ -12,6 +12,7 @@ Each rank has its own engine (or `tensor_parallel` neighbours share one) and sam
 import gc
 import importlib.util
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cli import InputError
+from cli import InputError, progress
 
 
 @dataclass
@@ -30,10 +31,10 @@ class Response:
     paused: bool = False  # stopped before its end, to be continued later
 
 
-def make_engine(config, model, tokenizer, device, max_tokens):
+def make_engine(config, model, tokenizer, device, max_tokens, responses):
     """The engine that the options of a script ask for. `--engine auto` is vLLM where it is installed.
 
-    max_tokens: of a prompt and its response together.
+    max_tokens: of a prompt and its response together. responses: how many a step asks of all engines.
     """
     c, installed = config, importlib.util.find_spec("vllm")
     if c.engine == "vllm" and not installed:
@@ -41,7 +42,8 @@ def make_engine(config, model, tokenizer, device, max_tokens):
     use_vllm = c.engine == "vllm" or c.engine == "auto" and installed
     return (VLLMEngine if use_vllm else TransformersEngine)(
         model, device, stop=stop_tokens(model, tokenizer), max_tokens=max_tokens, dtype=c.dtype, seed=c.seed,
-        tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
+        tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code,
+        at_once=math.ceil(responses * c.tensor_parallel / dist.get_world_size()))
 
 
 def stop_tokens(model, tokenizer):
@@ -60,9 +62,10 @@ def stop_tokens(model, tokenizer):
 
 class VLLMEngine:
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
-                 memory=0.5, trust_remote_code=False):
+                 memory=0.5, trust_remote_code=False, at_once=256):
         """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its
-        response together. memory: the share of a GPU's memory that vLLM may use while it is awake."""
+        response together. memory: the share of a GPU's memory that vLLM may use while it is awake. at_once:
+        responses that it will be asked for together."""
         self.device, self.stop = device, stop
         on_gpu = device.type == "cuda"
         # In this process, so that it takes new weights as tensors, without copies between processes.
@@ -74,12 +77,19 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # It warns that there is no Triton, which a CPU does not need.
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 samples with it unless told not to
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
         import vllm
-        options = {}
-        if not on_gpu:
+        if on_gpu:
+            # Memory for the logits of so many responses is set aside (0.32, on an H100: 1,024 if nothing is
+            # said). Not fewer than 256, since an evaluation may ask for more than a step does.
+            options = dict(max_num_seqs=min(1024, max(256, at_once)),
+                           # Logits are not rounded to bfloat16, as in policy.py; 0.22 can do the same.
+                           hf_overrides={"head_dtype": "float32"})
+        else:
             from vllm.platforms import current_platform
             # vLLM 0.32 compiles a few lines of its own with Inductor: a silent minute, and no gain on a CPU.
             current_platform.simple_compile_backend = "eager"
@@ -111,6 +121,7 @@ class VLLMEngine:
             `wait_for` are among them, the others are paused. Paused responses are yielded last.
         """
         engine, ended, wait_for = self.llm.llm_engine, set(), set(wait_for)
+        states, written, ended_tokens = engine.output_processor.request_states, 0, 0
         pause_after = len(prompts) if pause_after is None else pause_after
         partial = partial or [Response([], [], False)] * len(prompts)
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
@@ -130,9 +141,14 @@ class VLLMEngine:
             for request in engine.step():  # one token for every response that is being written
                 i, output = int(request.request_id), request.outputs[0]
                 ended.add(i)
+                ended_tokens += len(output.token_ids)
+                progress.add(1)
                 yield i, response(i, output.token_ids, output.logprobs, output.finish_reason == "stop")
+            before, written = written, ended_tokens + sum(
+                len(state.detokenizer.output_token_ids) for state in states.values())
+            progress.add(tokens=written - before)
         # vLLM returns nothing for an unfinished request, so read what it has collected so far (0.20 to 0.32).
-        paused = [*engine.output_processor.request_states.values()]
+        paused = [*states.values()]
         engine.abort_request([state.external_req_id for state in paused])
         for state in paused:
             i, ids = int(state.external_req_id), state.detokenizer.output_token_ids
@@ -140,18 +156,22 @@ class VLLMEngine:
 
     def sleep(self):
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()
             self.llm.sleep(level=2)  # drops weights and cache: `sync` must come before the next `generate`
+
+    def _wake(self, what):
+        torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch's allocator keeps
+        self.llm.wake_up(tags=[what])
 
     def sync(self, weights):
         """weights: an iterator of (Hugging Face name, full tensor); vLLM keeps about a
         layer of them at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
-            torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch's allocator keeps after training
-            self.llm.wake_up(tags=["weights"])
+            self._wake("weights")
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         if asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+            self._wake("kv_cache")
         if self.device.type == "cpu":
             self.llm.apply_model(_repack_output_layer)
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
@@ -181,7 +201,7 @@ class TransformersEngine:
     BATCH = 64  # prompts that are decoded together
 
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
-                 memory=None, trust_remote_code=False):
+                 memory=None, trust_remote_code=False, at_once=None):
         if tensor_parallel > 1:
             raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; leave it out, or install vLLM")
         import transformers
@@ -206,12 +226,14 @@ class TransformersEngine:
             writing = {i: Response([], [], False) for i in rows}
             for tokens, logprobs in self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows],
                                                  top_p, [seeds[i] for i in rows], max_tokens):
+                progress.add(tokens=len(writing))
                 for i, token, logprob in zip(rows, tokens, logprobs, strict=True):
                     if i in writing:  # a row that has ended is still decoded with its batch, but not read
                         writing[i].ids.append(token)
                         writing[i].logprobs.append(logprob)
                         writing[i].finished = token in self.stop
                         if writing[i].finished or len(writing[i].ids) == max_tokens:
+                            progress.add(1)
                             yield i, writing.pop(i)
                 if not writing:
                     break

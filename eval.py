@@ -21,10 +21,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import AutoConfig
 
-from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, progress, say
 from data import check_model, load_problems, load_tokenizer, render
 from engines import make_engine
 from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
@@ -241,7 +240,7 @@ def run_evaluation(c):
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
     verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
-    engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
+    engine = make_engine(c, model, tokenizer, device, max_tokens, len(todo)) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()
@@ -263,8 +262,6 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
     # on the number of ranks.
     names = [f"{c.seed}/{name}/{p.id}/{sample}" for name, p, sample in part]
     seeds = [int.from_bytes(hashlib.sha1(name.encode()).digest()[:5]) for name in names]
-    bar = tqdm(total=len(part), unit="response", dynamic_ncols=True, disable=not is_main(),
-               mininterval=0.1 if sys.stderr.isatty() else 30)
     waiting, rewards = deque(), [r["reward"] for r in file.done.values()]  # the bar shows the score of all
 
     def write_verified(wait=False):
@@ -274,17 +271,17 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
             rewards.append(reward.result())
             if writes:
                 file.write(record(name, problem, sample, response, text, reward.result(), c.answer))
-            bar.update()
-            bar.set_postfix_str(f"{100 * sum(rewards) / len(rewards):.1f} % right", refresh=False)
+            bar.set_description(f"{100 * sum(rewards) / len(rewards):.1f} % right", refresh=False)
 
-    for sampled in sample_and_verify(
-            engine, verifier, tokenizer, [prompts[name, p.id] for name, p, _ in part],
-            [p.answer for _, p, _ in part], temperature=c.temperature, top_p=c.top_p,
-            max_tokens=c.max_response_tokens, seeds=seeds):
-        waiting.append(sampled)
-        write_verified()
-    write_verified(wait=True)
-    bar.close()
+    with progress.phase("evaluation", len(part), delay=0, leave=True, disable=not is_main(),
+                        mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for sampled in sample_and_verify(
+                engine, verifier, tokenizer, [prompts[name, p.id] for name, p, _ in part],
+                [p.answer for _, p, _ in part], temperature=c.temperature, top_p=c.top_p,
+                max_tokens=c.max_response_tokens, seeds=seeds):
+            waiting.append(sampled)
+            write_verified()
+        write_verified(wait=True)
 
 
 def report(c, records, verifier, path):

@@ -97,6 +97,9 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         self.output = self.output or f"runs/{self.baseline}"
 
+    def responses_per_step(self):
+        return super().responses_per_step() * (2 if self.baseline == "remax" else self.group_size)
+
     def check(self):
         super().check()
         if self.baseline != "remax" and self.group_size < 2:

@@ -8,6 +8,8 @@ of the token that was sampled, and computes the chunks again in the backward.
 import functools
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,12 +33,28 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
+def can_compile(device):
+    """Whether to compile for `device`. A GPU passes over the logits in memory several times as long as it
+    multiplies; compiled, it is one pass. Triton needs a C compiler and Python's headers for it."""
+    compilers = os.environ.get("CC", "gcc"), "clang"
+    return (device.type == "cuda" and any(map(shutil.which, compilers))
+            and Path(sysconfig.get_path("include"), "Python.h").exists())
+
+
 class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], and its entropy, without the [N, V] logits.
 
     hidden [N, H], weight [V, H], targets [N] -> logprobs [N], entropy [N] (a metric: no gradient flows
-    through it). With `compile`, the passes over a chunk of logits become one fused kernel.
+    through it; 0 without `entropy`). With `compile`, the passes over a chunk of logits become one kernel.
     """
+
+    @staticmethod
+    def logits(hidden, weight):
+        """hidden @ weight.T [n, V]. A GPU adds up in float32, and there the sums are not rounded to bfloat16.
+        vLLM's are not either (engines.py). A CPU has no such product."""
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return hidden @ weight.T
 
     @staticmethod
     def scaled(logits, temperature):
@@ -46,29 +64,33 @@ class ChunkedLogProbs(torch.autograd.Function):
         return logits if temperature == 1 else logits / temperature
 
     @staticmethod
-    def chosen(logits, targets, temperature):
+    def chosen(logits, targets, temperature, entropy):
         """[n, V], [n] -> log-probabilities of the targets [n], entropies [n]."""
         logprobs = ChunkedLogProbs.scaled(logits, temperature).log_softmax(-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], -torch.linalg.vecdot(logprobs, logprobs.exp())
+        of_targets = logprobs.gather(-1, targets[:, None])[:, 0]
+        if not entropy:  # another pass over the logits, for a metric
+            return of_targets, torch.zeros_like(of_targets)
+        return of_targets, -torch.linalg.vecdot(logprobs, logprobs.exp())
 
     @staticmethod
-    def weighted_softmax(logits, factors, temperature):
-        """[n, V], [n] -> each row's probabilities times its factor [n, V], rounded to the logits' type."""
+    def weighted_softmax(logits, factors, temperature, dtype):
+        """[n, V], [n] -> each row's probabilities times its factor [n, V], rounded to `dtype`."""
         probabilities = ChunkedLogProbs.scaled(logits, temperature).softmax(-1)
-        rounded = torch.empty_like(probabilities, dtype=logits.dtype)
+        rounded = torch.empty_like(probabilities, dtype=dtype)
         return torch.mul(probabilities, factors[:, None], out=rounded)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, compile=False):
+    def forward(ctx, hidden, weight, targets, temperature, compile=False, entropy=True):
         ctx.temperature, ctx.rows = temperature, max(1, CHUNK_ELEMENTS // weight.shape[0])
         ctx.compiled = compiled if compile else lambda function: function
         chosen = ctx.compiled(ChunkedLogProbs.chosen)
-        parts = [chosen(h @ weight.T, target.clone(), temperature)  # a clone, since views are compiled anew
+        parts = [chosen(ChunkedLogProbs.logits(h, weight), target.clone(),  # since views are compiled anew
+                        temperature, entropy)
                  for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)]
-        logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, logprobs)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -80,11 +102,12 @@ class ChunkedLogProbs(torch.autograd.Function):
         weighted_softmax = ctx.compiled(ChunkedLogProbs.weighted_softmax)
         for i in range(0, len(hidden), ctx.rows):
             chunk = slice(i, i + ctx.rows)
-            d_logits = weighted_softmax(hidden[chunk] @ weight.T, -grad[chunk], ctx.temperature)  # [n, V]
+            logits = ChunkedLogProbs.logits(hidden[chunk], weight)  # [n, V]
+            d_logits = weighted_softmax(logits, -grad[chunk], ctx.temperature, hidden.dtype)
             d_logits.scatter_(-1, targets[chunk, None], of_target[chunk, None])
             grad_hidden[chunk] = d_logits @ weight
             grad_weight.addmm_(d_logits.T, hidden[chunk])  # rounds to the weight's type once a chunk
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 class LogProbModel(nn.Module):
@@ -97,11 +120,13 @@ class LogProbModel(nn.Module):
 
     def forward(self, ids, scored, temperature):
         """ids [b, L] right-padded; scored [n]: positions in ids.flatten() whose next token is scored
-        -> logprobs [n], entropy [n]. No attention mask: a response's tokens see no padding on their right."""
+        -> logprobs [n], entropy [n], which is 0 without gradient: then nobody reads it. No attention mask: a
+        response's tokens see no padding on their right."""
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, H]
         weight = self.lm.get_output_embeddings().weight
         hidden, targets = hidden.flatten(0, 1)[scored], ids.flatten()[scored + 1]
-        return ChunkedLogProbs.apply(hidden, weight, targets, temperature, self.compile)
+        return ChunkedLogProbs.apply(hidden, weight, targets, temperature, self.compile,
+                                     torch.is_grad_enabled())
 
 
 # ---- the policy --------------------------------------------------------------------------------------------
@@ -113,9 +138,7 @@ class Policy(ShardedModel):
     distributions that responses are really drawn from.
     """
 
-    def __init__(self, model, device, *, temperature, trust_remote_code=False, compile=False, **options):
-        if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise InputError("--compile: needs a C++ compiler; install g++ or clang++, or leave it out")
+    def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
         lm = load(AutoModelForCausalLM, model, trust_remote_code)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
@@ -126,7 +149,7 @@ class Policy(ShardedModel):
         saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
         dist.broadcast_object_list(saved)
         self.save_dtype, self.temperature = saved[0], temperature
-        super().__init__(LogProbModel(lm, compile), device, **options)
+        super().__init__(LogProbModel(lm, can_compile(device)), device, **options)
 
     def forward(self, sequences):
         """Log-probabilities and entropies of responses under the current weights, with gradient.

@@ -103,7 +103,7 @@ class Sampler:
             if not pause_after and not wait_for:
                 local = []
         done = {}
-        with self.clock("rollout"):
+        with self.clock("rollout", len(local)):
             for n, response, _, reward in sample_and_verify(
                     self.engine, self.verifier, self.tokenizer, [prompts[j] for j in local],
                     [answers[j] for j in local], temperature=[temperatures[j] for j in local], top_p=top_p,

@@ -17,8 +17,10 @@ One optimiser step reads like plain PyTorch:
     metrics = model.step()
 """
 import contextlib
+import functools
 import math
 import os
+import shutil
 import socket
 from datetime import timedelta
 
@@ -33,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from cli import Diverged, InputError
+from cli import Diverged, InputError, progress
 
 transformers_logging.set_verbosity_error()  # data.py checks models, and says what is wrong in one sentence
 transformers_logging.disable_progress_bar()
@@ -54,8 +56,19 @@ def init_distributed() -> torch.device:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=free_port())
     if torch.cuda.is_available():
+        # Memory that can grow in place leaves no gaps too small to use. It must be asked for before CUDA
+        # starts. (vLLM 0.32 turns it off for what its sleep mode manages, and knows this name only.)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF",
+                              os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"))
+        # On an H100, torch 2.13 would choose cuDNN's attention, which prepares a plan for each new length of
+        # a micro-batch (some 50 ms) and keeps it. PyTorch's own flash attention does not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    elif torch.version.cuda and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise InputError(f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: the driver is "
+                         f"probably too old for CUDA {torch.version.cuda}; update it, or set "
+                         "CUDA_VISIBLE_DEVICES= to use the CPU")
     else:
         device, backend = torch.device("cpu"), "gloo"
     # Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
@@ -69,6 +82,13 @@ def check_ranks(**sizes):
         if dist.get_world_size() % size:
             option = f"--{name.replace('_', '-')} {size}"
             raise InputError(f"{option} does not divide the {dist.get_world_size()} ranks")
+
+
+def use_all_cores():
+    """Gives this process its share of the machine's cores. vLLM 0.32 has set one thread, or torchrun has, but
+    with --offload, AdamW steps on the CPU."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def seed_torch(seed, deterministic):
@@ -218,6 +238,20 @@ def mean_of(dicts, prefix=""):
 
 # ---- training ----------------------------------------------------------------------------------------------
 
+@functools.cache
+def mesh_of_ranks(kind, replicas):
+    """The ranks as FSDP2 shards over them, on devices of this kind. All models share it: each new one of
+    several replicas would make process groups, with buffers of their own.
+
+    The model is sharded over the neighbouring ranks of a replica, and copied across replicas if there are
+    several (HSDP): then weights are gathered within a node, and only gradients travel between nodes.
+    """
+    world = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(kind, (world,))
+    return init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("copy", "shard"))
+
+
 class ShardedModel:
     """A module sharded over all ranks, with AdamW. Subclasses define `forward`.
 
@@ -226,7 +260,7 @@ class ShardedModel:
     """
 
     def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0,
-                 dtype="bfloat16", micro_batch_tokens=16384, checkpoint_activations=True, offload=False,
+                 dtype="bfloat16", micro_batch_tokens=18432, checkpoint_activations=True, offload=False,
                  offload_between=False, replicas=1):
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
         self.dtype, self.offload_between = getattr(torch, dtype), offload_between
@@ -234,11 +268,9 @@ class ShardedModel:
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        # Sharded over the neighbouring ranks of a replica, and copied across replicas if there are several
-        # (HSDP): then weights are gathered within a node, and only gradients travel between nodes.
-        world = dist.get_world_size()
-        mesh = (init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("copy", "shard"))
-                if replicas > 1 else init_device_mesh(device.type, (world,)))
+        if offload and device.type == "cuda":
+            use_all_cores()
+        mesh = mesh_of_ranks(device.type, replicas)
         precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         # One transformer block at a time, and then the rest: a whole model in float32 might not fit on a GPU.
@@ -255,6 +287,11 @@ class ShardedModel:
             if hasattr(part, "attention_dropout"):
                 part.attention_dropout = 0.0
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        # Adam's moments are made here. The first step would put them between activations, and memory around
+        # them could not be given to vLLM.
+        for p in self.module.parameters():
+            self.optimizer.state[p].update(step=torch.zeros((), device=p.device),
+                                           exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         self.size = sum(p.numel() for p in module.parameters())
         self.lr, self.warmup_steps, self.updates, self.skipped_in_a_row = lr, warmup_steps, 0, 0
         self.totals = {}  # loss and metrics of the mini-batch so far, on this rank
@@ -287,8 +324,13 @@ class ShardedModel:
     # ---- one optimiser step ----
 
     def micro_batches(self, lengths):
-        """This rank's micro-batches of a mini-batch, as lists of row numbers: see the function above."""
-        return micro_batches(lengths, self.micro_batch_tokens)
+        """Yields this rank's micro-batches of a mini-batch, lists of row numbers: see the function above."""
+        batches = micro_batches(lengths, self.micro_batch_tokens)
+        for i, rows in enumerate(batches, 1):
+            # HSDP adds up the gradients of all replicas once, in the backward of the last micro-batch.
+            self.module.set_requires_all_reduce(i == len(batches))
+            yield rows
+            progress.add(len(rows), sum(lengths[row] for row in rows))
 
     def backward(self, loss, metrics):
         """Adds the gradient of one micro-batch. Losses and metrics of all micro-batches and ranks are added
@@ -347,13 +389,8 @@ class ShardedModel:
         """Weights and Adam's moments, sharded, and counters. They are no copies: checkpoint.py
         writes or fills them."""
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        state = {}
-        for name, parameter in self.module.named_parameters():
-            moments = self.optimizer.state[parameter]
-            if not moments:  # before the first step
-                moments["step"] = torch.zeros((), device=parameter.device)
-                moments["exp_avg"], moments["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-            state[name] = {"weight": parameter.detach(), **moments}
+        state = {name: {"weight": parameter.detach(), **self.optimizer.state[parameter]}
+                 for name, parameter in self.module.named_parameters()}
         return {"parameters": state, "updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state):

@@ -271,12 +271,11 @@ def train(config, make_baseline):
     run.clock = Clock(run.device)
     # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
     max_tokens = c.max_prompt_tokens + c.max_response_tokens
-    run.engine = make_engine(c, c.model, run.tokenizer, run.device, max_tokens)
+    run.engine = make_engine(c, c.model, run.tokenizer, run.device, max_tokens, c.responses_per_step())
     run.engine.sleep()
     run.sampler = Sampler(c, run.tokenizer, run.engine, run.verifier, run.clock)  # problems -> verified Batch
     run.in_flight = InFlight(c, run.sampler, run.problems)  # the same for --oversample
-    run.policy = Policy(c.model, run.device, temperature=c.temperature, compile=c.compile,
-                        **c.training_options())
+    run.policy = Policy(c.model, run.device, temperature=c.temperature, **c.training_options())
     baseline = make_baseline(run)
     last_step, log = checkpoint.begin(run, baseline)  # with --resume, from the newest checkpoint
     with checkpoint.kept_if_diverged(run):
@@ -323,10 +322,9 @@ class TrainConfig(CommandLine):
     reward_workers: int = option(2, "verifier processes on each rank", positive=True)
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
 
-    micro_batch_tokens: int = option(16384, "tokens in one forward", group="memory and speed", positive=True)
+    micro_batch_tokens: int = option(18432, "tokens in one forward", group="memory and speed", positive=True)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
     checkpoint_activations: bool = option(True, "recompute activations in the backward: saves memory")
-    compile: bool = option(False, "torch.compile the softmax over the vocabulary; needs a C++ compiler")
     replicas: int = option(1, "copies of the sharded model, say one a node (HSDP)", positive=True)
     offload: bool = option(False, "keep weights and optimiser state in host memory")
     offload_between: bool = option(False, "keep only those of the model in use on the device: faster")
@@ -364,6 +362,9 @@ class TrainConfig(CommandLine):
         data.check_model(self.model, prompt + self.max_response_tokens, trust)
         if self.critic_model:
             data.check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
+
+    def responses_per_step(self):
+        return round(self.prompts_per_step * (1 + self.oversample))
 
     def training_options(self):
         """The keyword arguments of `ShardedModel` for the policy."""

@@ -18,8 +18,9 @@ seen = dict(events=[], requests=[], batches=[], resident=[], seed=None)
 
 
 class LLM:
-    def __init__(self, model, *, seed, tensor_parallel_size, enable_sleep_mode, **options):
+    def __init__(self, model, *, seed, tensor_parallel_size, enable_sleep_mode, max_num_seqs, hf_overrides, **options):
         assert enable_sleep_mode and tensor_parallel_size == 2
+        seen["options"] = [max_num_seqs, hf_overrides]
         self.llm_engine = self.engine_core = self.output_processor = self
         self.request_states = {}  # nothing is paused here
         self.awake, self.waiting, seen["seed"] = {"weights", "kv_cache"}, {}, seed
@@ -87,6 +88,7 @@ vllm = sys.modules["vllm"] = ModuleType("vllm")
 vllm.__version__, vllm.LLM, vllm.SamplingParams = "of a test", LLM, SimpleNamespace
 vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=1))
 vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)  # it is installed, then
+torch.cuda.empty_cache = lambda: seen["events"].append("empty cache")
 on_gpu = engines.VLLMEngine
 engines.VLLMEngine = lambda model, device, **options: on_gpu(model, torch.device("cuda"), **options)
 output, *arguments = sys.argv[1:]

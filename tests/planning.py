@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2Config
 
-from sharded import init_distributed
+from sharded import init_distributed, mesh_of_ranks
 from tools.plan import count, fake_world
 
 CASES = [("policy", "wide", 300), ("policy", "deep", 1200), ("prompts", "wide", 200),
@@ -29,6 +29,7 @@ def counts(fake):
 init_distributed()
 real = counts(fake=False)
 dist.destroy_process_group()
+mesh_of_ranks.cache_clear()  # it knew the ranks of that group
 fake_world(1)
 planned = counts(fake=True)
 columns = {"at rest": lambda c: c.weights + c.optimizer, "inferring": lambda c: c.infer[0],

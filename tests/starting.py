@@ -14,9 +14,18 @@ output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[
 device = init_distributed()
 folder = without if dist.get_rank() else with_weights
 options = dict(lr=1e-3, dtype="float32", replicas=replicas, offload=offload)
+
+
+class Noted(torch.optim.AdamW):  # it is made when the weights are loaded, and before its moments are
+    def __init__(self, *arguments, **named):
+        loading.append(memory.peak)
+        super().__init__(*arguments, **named)
+
+
+loading, torch.optim.AdamW = [], Noted
 with LiveBytes() as memory:
     policy = Policy(folder, device, temperature=1.0, **options)
-peak = memory.peak
+peak = loading[0]
 critic = ShardedModel(ValueModel(folder), device, **options)
 lm, backbone = policy.module.lm, critic.module.backbone
 torch.save({"peak": peak, "size": 4 * policy.size, "save_dtype": policy.save_dtype,

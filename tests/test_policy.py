@@ -61,6 +61,15 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(gradients, p
         same(other, reference)
 
 
+@pytest.mark.xdist_group("gradients")
+def test_replicas_add_up_their_gradients_once_for_all_micro_batches(gradients):
+    """HSDP, two replicas of two ranks: as often with several micro-batches as with one."""
+    several, one = gradients[4, 100], gradients[4, 10**6]
+    assert max(several["micro_batches"]) > 1 and one["micro_batches"] == [1] * 4
+    assert several["between_replicas"] == one["between_replicas"] > 0
+    assert gradients[2, 100]["between_replicas"] == 0
+
+
 def same(one, other):
     for name, value in other["metrics"].items():
         assert one["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -73,10 +82,12 @@ def far(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-def test_compiling_wants_a_compiler(monkeypatch, device):
+def test_it_is_compiled_for_gpus_where_there_is_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/some")
+    monkeypatch.setattr(policy.Path, "exists", lambda _: True)
+    assert policy.can_compile(torch.device("cuda")) and not policy.can_compile(torch.device("cpu"))
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(InputError, match="--compile: needs a C.. compiler"):
-        policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, compile=True)
+    assert not policy.can_compile(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")

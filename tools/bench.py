@@ -162,7 +162,7 @@ def random_model(shape, folder):
 
 
 def step(arguments):
-    """Trains for a few steps with sppo.py's loop, and prints where the time went."""
+    """Trains for a few steps with sppo.py's loop, and prints where the time went. Returns `report_step`'s."""
     arguments = ["--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3",
                  *arguments]
     config = StepConfig.parse(__doc__, arguments)
@@ -177,11 +177,12 @@ def step(arguments):
         return baselines[0]
     sppo.train(config, make_baseline)
     baselines[0].measure_rate()
-    report_step(config, baselines[0])
+    return report_step(config, baselines[0])
 
 
 def report_step(config, measured):
-    """Prints the phases of the mean step, and the update's speed beside that of matrix products."""
+    """Prints the phases of the mean step, and the update's speed beside that of matrix products.
+    Returns (seconds by phase, GiB held after each step, GiB at most)."""
     policy, device = measured.run.policy, measured.run.device
     text = (Path(config.output) / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()][1:]
@@ -217,6 +218,7 @@ def report_step(config, measured):
     held = measured.memory
     say(f"  memory: peak {memory(device, peak=True):.1f} GiB; {held[0]:.2f} after step 1, "
         f"{held[len(held) // 2]:.2f} halfway, {held[-1]:.2f} after step {len(held)}")
+    return seconds, held, memory(device, peak=True)
 
 
 # ---- parts beside what they are made of --------------------------------------------------------------------
@@ -251,7 +253,7 @@ def start_part(arguments):
 
 
 def generate(arguments):
-    """Prints the tokens a second of plain vLLM, and of rollout.py with verification, in turns."""
+    """Prints and returns the tokens a second of plain vLLM, and of rollout.py with verification, in turns."""
     c, device, problems, prompts, engine = start_part(arguments)
     tokenizer, verifier = load_tokenizer(c.model), Verifier(2, 1.0)
     params = engine.SamplingParams(temperature=1.0, max_tokens=c.tokens, stop_token_ids=engine.stop,
@@ -280,6 +282,7 @@ def generate(arguments):
     say(f"ratio {statistics.median(rates[verified]) / statistics.median(rates[plain]):.3f}")
     verifier.close()
     engine.close()
+    return tuple(map(statistics.median, rates.values()))
 
 
 def sync(arguments):

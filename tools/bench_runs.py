@@ -167,7 +167,7 @@ def our_run(c, script, name, *options):
     lines = metrics_of(folder, [
         script, "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1,
         "--lr", c.lr, "--dtype", "bfloat16", "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens,
-        "--no-checkpoint-activations", "--compile", "--warmup-steps", 0, "--save-every", 0,
+        "--no-checkpoint-activations", "--warmup-steps", 0, "--save-every", 0,
         "--eval-every", 0, *options], threads=c.threads)
     return [(m["time/step"], m["reward"]) for m in lines if m["step"]]
 

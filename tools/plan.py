@@ -144,7 +144,6 @@ def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options)
             model = ppo.TokenCritic(None, device, kind="mse", clip=0.2, minibatch=rows, **options)
             infer = functools.partial(model.values, batch.sequences)
             update = functools.partial(model.update, batch, values, values)
-        model.state_dict()  # makes Adam's moments
         weights = sum(4 * p.to_local().numel() for p in model.module.parameters())
         inferring, (most, gathered) = memory.during(infer), memory.during(update)
         return Count(weights, weights, 2 * weights, inferring, (most - weights, gathered))

@@ -1,0 +1,252 @@
+"""What is done for GPUs, as far as a machine without one can tell: with stand-ins for CUDA, vLLM and a terminal."""
+import errno
+import importlib.util
+import io
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import run
+
+import checkpoint
+import cli
+import engines
+import policy
+import sharded
+from cli import BUILTIN_MODEL, InputError, progress
+from engines import Response, VLLMEngine
+from grpo import GRPOConfig
+from rollout import Batch
+from sppo import TrainConfig, policy_step
+from tools import gpu
+
+# ---- starting ----------------------------------------------------------------------------------------------
+
+def test_a_gpu_that_torch_cannot_use_is_one_clear_sentence(monkeypatch):
+    """Not a run on the CPU, for which vLLM's build for CUDA is of no use."""
+    monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sharded.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(sharded.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match="finds no GPU: the driver is probably too old for CUDA 13.0"):
+        sharded.init_distributed()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user wants the CPU
+    assert sharded.init_distributed().type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)  # torch for CPUs was installed
+    assert sharded.init_distributed().type == "cpu"
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}, {"PYTORCH_ALLOC_CONF": "mine"}])
+def test_what_is_set_before_cuda_starts(monkeypatch, given):
+    before, seen = torch.backends.cuda.cudnn_sdp_enabled(), []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sharded.torch.cuda, "set_device", lambda _: seen.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
+    monkeypatch.setattr(sharded.dist, "init_process_group", lambda *_, **__: None)
+    try:
+        assert sharded.init_distributed().type == "cuda"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == ["mine" if given else "expandable_segments:True"]
+
+
+def test_offload_steps_with_this_ranks_share_of_the_cores(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sharded.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(sharded.torch, "set_num_threads", asked.append)
+    for ranks in ("4", "32"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        sharded.use_all_cores()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    sharded.use_all_cores()
+    assert asked == [4, 1, 16]
+
+
+def test_only_offload_on_a_gpu_takes_the_cores(monkeypatch, device):
+    """On a GPU, up to where the weights would move there; on a CPU the number of threads is the user's."""
+    asked = []
+    monkeypatch.setattr(sharded, "use_all_cores", lambda: asked.append(True))
+
+    def make(device, offload):
+        policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32", offload=offload)
+    make(device, True)
+    assert not asked
+    monkeypatch.setattr(sharded, "mesh_of_ranks", lambda *_: 1 / 0)
+    for offload in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            make(torch.device("cuda"), offload)
+    assert asked == [True]
+
+
+def test_models_share_one_mesh(device):
+    assert sharded.mesh_of_ranks("cpu", 1) is sharded.mesh_of_ranks("cpu", 1)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+def test_adams_moments_are_there_from_the_start_and_stay_where_they_are(device):
+    ours = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32")
+
+    def places():
+        return [state[name].to_local().data_ptr() for state in map(ours.optimizer.state.get, ours.module.parameters())
+                for name in ("exp_avg", "exp_avg_sq")]
+    before = places()
+    assert len(before) == 2 * len([*ours.module.parameters()])
+    batch = Batch([None], [[1, 2]], [Response([3, 4, 5], [-1.0] * 3, True)], torch.ones(1))
+    policy_step(ours, batch, range(1), torch.ones(1), TrainConfig())
+    assert places() == before
+    assert all(ours.optimizer.state[p]["exp_avg"].to_local().any() for p in ours.module.parameters())
+
+
+@pytest.mark.parametrize("config, per_engine, expected", [
+    (TrainConfig(model="x", prompts_per_step=256), 4, 256), (TrainConfig(model="x", prompts_per_step=2000), 4, 500),
+    (TrainConfig(model="x", prompts_per_step=256, oversample=0.5), 1, 384),
+    (GRPOConfig(model="x", prompts_per_step=256), 4, 512), (GRPOConfig(model="x", prompts_per_step=256), 1, 1024),
+    (GRPOConfig(model="x", prompts_per_step=256, baseline="remax"), 1, 512)])
+def test_vllm_keeps_memory_for_what_a_step_asks_of_it(monkeypatch, config, per_engine, expected):
+    """At least 256, at most 1,024."""
+    seen = []
+    monkeypatch.setattr(engines, "VLLMEngine", lambda *_, at_once, **__: seen.append(at_once))
+    monkeypatch.setattr(engines, "stop_tokens", lambda *_: [])
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(engines.dist, "get_world_size", lambda: per_engine)
+    engines.make_engine(config, "x", None, torch.device("cuda"), 100, config.responses_per_step())
+    assert min(1024, max(256, seen[0])) == expected
+
+
+# ---- log-probabilities -------------------------------------------------------------------------------------
+
+def test_no_entropy_where_only_log_probabilities_are_asked_for(device, monkeypatch):
+    asked, chosen = [], policy.ChunkedLogProbs.chosen
+    monkeypatch.setattr(policy.ChunkedLogProbs, "chosen", staticmethod(
+        lambda *arguments: asked.append(arguments[-1]) or chosen(*arguments)))
+    ours = policy.Policy(BUILTIN_MODEL, device, temperature=0.7, lr=1e-3, dtype="float32")
+    sequences = [([1, 2, 3], [4, 5]), ([1], [2, 3, 4])]
+    without = ours.logprobs(sequences)
+    with_entropy, entropy = ours.forward(sequences)
+    assert asked == [False, True] and entropy.any()
+    assert torch.equal(without, with_entropy.detach())
+
+
+def test_float32_logits_of_bfloat16_states(monkeypatch):
+    """As on a GPU, with a product that a CPU has not: its gradients are still bfloat16, and near the exact ones."""
+    monkeypatch.setattr(policy.ChunkedLogProbs, "logits", staticmethod(lambda h, w: h.float() @ w.float().T))
+    hidden, weight, targets = torch.randn(40, 16), torch.randn(50, 16), torch.randint(50, (40,))
+    half = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    logprobs, _ = policy.ChunkedLogProbs.apply(*half, targets, 0.6)
+    reference = (exact[0] @ exact[1].T / 0.6).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert logprobs.dtype == torch.float32 and torch.allclose(logprobs.double(), reference, atol=1e-4)
+    for result in (logprobs, reference):
+        (result * torch.linspace(-1, 1, 40)).sum().backward()
+    for ours, theirs in zip(half, exact, strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad.double() - theirs.grad).norm() < 0.02 * theirs.grad.norm()
+
+
+# ---- what is seen meanwhile, and where nothing can be locked -----------------------------------------------
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("rank, terminal, shown", [("0", Terminal, True), ("1", Terminal, False),
+                                                   ("0", io.StringIO, False)])
+def test_a_long_phase_shows_how_far_it_is(monkeypatch, rank, terminal, shown):
+    screen = terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.tqdm, "monitor_interval", 0)
+    with progress.phase("rollout", 8, delay=0, mininterval=0):
+        for _ in range(3):
+            progress.add(1, 50)
+        during = screen.getvalue()
+    assert ("rollout" in during and "3/8" in during and "tokens/s" in during) == shown
+    assert ("rollout" in screen.getvalue().rpartition("\r")[2]) is False  # the line is gone
+    with progress.phase("update"):  # too short to be shown
+        progress.add(1, 50)
+    assert "update" not in screen.getvalue()
+
+
+def test_the_engine_tells_what_it_has_written(monkeypatch, device):
+    """Tokens as they are written, and not when their response ends: the fake one writes two at a time."""
+    told, states = [], {}
+
+    class Engine:
+        output_processor = type("", (), {"request_states": states})
+
+        def add_request(self, number, prompt, params):
+            ids = []
+            states[number] = type("", (), {"detokenizer": type("", (), {"output_token_ids": ids})})
+
+        def has_unfinished_requests(self):
+            return bool(states)
+
+        def step(self):
+            for state in states.values():
+                state.detokenizer.output_token_ids.extend([1, 1])
+            done = [n for n, s in states.items() if len(s.detokenizer.output_token_ids) >= 2 + 2 * int(n)]
+            return [type("", (), {"request_id": n, "outputs": [type("", (), dict(
+                token_ids=states.pop(n).detokenizer.output_token_ids, finish_reason="stop",
+                logprobs=type("", (), dict(logprobs=[], start_indices=[]))))]}) for n in done]
+
+        def abort_request(self, numbers):
+            assert not numbers
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.llm, engine.stop, engine.FINAL_ONLY = type("", (), {"llm_engine": Engine()}), [], None
+    engine.SamplingParams = lambda **_: None
+    monkeypatch.setattr(progress, "add", lambda rows=0, tokens=0: told.append((rows, tokens)))
+    assert len([*engine.generate([[1], [1], [1]], temperature=1.0, max_tokens=9)]) == 3
+    assert told == [(1, 0), (0, 6), (1, 0), (0, 4), (1, 0), (0, 2)]
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    assert checkpoint.lock(tmp_path) is not None
+    assert "cannot be locked" in capsys.readouterr().out
+
+
+# ---- python -m tools.gpu -----------------------------------------------------------------------------------
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "there is no GPU that torch can use" in error and error.count("\n") == 1
+
+
+def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch, capsys):
+    code = {"fine": "print('some'); print('{\"a\": 1}')", "broken": "raise ValueError('of this part')",
+            "slow": "import time; time.sleep(60)", "silent": "pass"}
+    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(code, (None, 60)) | {"slow": (None, 1)})
+    monkeypatch.setattr(gpu, "command_of", lambda name, dry: [sys.executable, "-c", code[name]])
+    gpu.main(["--dry", "--output", str(tmp_path)])
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts["fine"]["measured"] == {"a": 1}
+    assert parts["broken"]["error"] == "ValueError: of this part"
+    assert parts["slow"]["error"] == "took more than 1 s" and parts["slow"]["seconds"] < 30
+    assert parts["silent"]["error"] == "did not say what it measured"
+    printed = capsys.readouterr().out
+    assert (tmp_path / "gpu.md").read_text() in printed and "failed: ValueError: of this part" in printed
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_the_dry_run_of_each_part(name):
+    if name in ("oversample", "sync", "sampling") and not importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is not installed")
+    done = run("tools/gpu.py", "--dry", "--part", name)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured and all(value not in ("", None, "no plan") for value in measured.values()), measured
