@@ -48,6 +48,8 @@ def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
             assert "V(s_t) = 0.000 at the first token" not in told.split("afterwards")[1]
             continue
         advantage = number(r"= # *, the same", told)
+        if script != "spo.py":  # the sum that is printed
+            assert advantage == pytest.approx(eval(re.search(r"= ([-\d. ()/]+) = \S+, the same", told)[1]), abs=4e-3)
         # The loss of tokens whose ratios lie between low and high, and count within the clips only.
         dual = 10 if script == "spo.py" else 3
         bounds = ((-advantage * min(high, 1.28), -advantage * low) if advantage > 0 else
