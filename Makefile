@@ -30,6 +30,9 @@ race-grid: install  ## each algorithm's best learning rate, which `make race` th
 race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: some minutes
 	$(BIN)/python -m tools.race --part quick --jobs 2
 
+lesson: install  ## the pictures of docs/pictures, from a run of the built-in model: some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lesson
+
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
 .venv/installed: requirements.txt requirements-cpu.txt tools/install.py tools/excluded.txt
@@ -39,5 +42,5 @@ install: .venv/installed  ## what everything needs, into .venv (for a GPU if the
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help demo test race race-batches race-grid race-quick install clean
+.PHONY: help demo test race race-batches race-grid race-quick lesson install clean
 .DEFAULT_GOAL := help

@@ -18,6 +18,7 @@ Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, 
 critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
 spo.py) import the loop from here and define their own baseline.
 """
+import runpy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar, Literal
@@ -256,6 +257,8 @@ def train(config, make_baseline):
     """Trains `config.model`, with what `make_baseline(run)` returns subtracted from the reward."""
     # The parts of the run. The loop, baselines and checkpoints know them by these names.
     c, run = config, SimpleNamespace(config=config)
+    if c.explain:  # the same for one step, watched from outside
+        return runpy.run_module("tools.explain")["explain"](train, c, make_baseline)
     c.check()
     say(f"Loading {c.model} and its engine; training starts in a few seconds.")
     run.tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
@@ -338,6 +341,7 @@ class TrainConfig(CommandLine):
     resume: bool = option(False, "continue from the newest checkpoint in --output, if there is one")
     deterministic: bool = option(False, "the same command gives the same numbers on the same CPU; slower")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
+    explain: bool = option(False, "train one step, and tell all that happens to two of its prompts")
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN: ClassVar[dict] = dict(

@@ -8,9 +8,9 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, complaint, metrics, run
+from conftest import complaint, metrics, run
 
-from cli import BUILTIN_MODEL, CommandLine
+from cli import BUILTIN_MODEL
 from sppo import SPPO, TrainConfig, train
 
 QUICK = ["--steps", "2", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8"]
@@ -180,17 +180,3 @@ def test_help_explains_every_option():
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in printed
         assert len(field.metadata["help"].splitlines()) == 1
-
-
-def test_everything_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count("\n") <= 150
-    for name in re.findall(r"`([\w./-]+\.(?:py|txt|md))`", readme):
-        assert (ROOT / name).exists(), name
-    options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) - {
-        "nproc-per-node", "help", "logdir", "nnodes", "shutdown-timeout", "no-checkpoint-activations", "no-normalize"}
-    modules = ("sppo", "grpo", "ppo", "spo", "eval", *(f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py")))
-    configs = [value for module in modules for value in vars(importlib.import_module(module)).values()
-               if dataclasses.is_dataclass(value) and issubclass(value, CommandLine)]
-    known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
-    assert options <= known

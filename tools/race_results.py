@@ -206,8 +206,8 @@ def quick_answer(runs):
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def draw(results, folder):
-    """Writes every figure as PNG and SVG, in one style that reads in black and white."""
+def pyplot():
+    """matplotlib.pyplot, in the one style of all our figures, which reads in black and white."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -215,16 +215,26 @@ def draw(results, folder):
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": "#dddddd", "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False,
         "svg.hashsalt": "race", "figure.dpi": 150, "savefig.bbox": "tight"})
-    runs = next(iter(protocols(results).values()), [])
-    batches = results["batches"]["runs"] if "batches" in results else []
-    figures = {"race": draw_accuracy(plt, protocols(results)), "groups": draw_groups(plt, runs),
-               "tail": draw_tail(plt, runs), "batches": draw_batches(plt, runs, batches)}
+    return plt
+
+
+def save(plt, figures, folder):
+    """Writes {name: figure, or None} as PNG and SVG into a folder, and closes them."""
     for name, figure in figures.items():
         if figure:
             # Without dates and versions, the same results give the same bytes.
             for kind, about in (("png", {"Software": None}), ("svg", {"Date": None})):
                 figure.savefig(folder / f"{name}.{kind}", metadata=about)
             plt.close(figure)
+
+
+def draw(results, folder):
+    """Writes every figure of a race."""
+    plt = pyplot()
+    runs = next(iter(protocols(results).values()), [])
+    batches = results["batches"]["runs"] if "batches" in results else []
+    save(plt, {"race": draw_accuracy(plt, protocols(results)), "groups": draw_groups(plt, runs),
+               "tail": draw_tail(plt, runs), "batches": draw_batches(plt, runs, batches)}, folder)
 
 
 def band(axes, x, rows, name):

@@ -1,0 +1,80 @@
+"""`--explain`, as its user types it: what it prints is computed again here, from the other numbers that it prints."""
+import re
+import statistics
+
+import pytest
+from conftest import complaint, run
+
+from sppo import SPPO, TrainConfig, train
+
+QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "32", "--minibatch", "8", "--lr", "5e-4"]
+NUMBER = r"([-+]?\d[\d.]*)"
+
+
+def number(pattern, text):
+    return float(re.search(pattern.replace("#", NUMBER), text)[1])
+
+
+@pytest.mark.parametrize("script, options", [
+    ("sppo.py", []), ("grpo.py", []), ("grpo.py", ["--baseline", "rloo"]), ("grpo.py", ["--baseline", "remax"]),
+    ("ppo.py", []), ("spo.py", ["--init-samples", "0"]), ("sppo.py", ["--minibatch", "32"])])
+def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
+    done = run(script, *QUICK, *options, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines[1:])) <= 100
+    screen = done.stdout
+    print(screen)
+    *_, first, second = re.split(r"\nRESPONSE ", screen.partition("THE LAST MINI-BATCH")[0])
+    assert first.split("\n")[1] != second.split("\n")[1]  # two prompts
+    clipped = 0
+    for told in (first, second):
+        told = " ".join(told.split())
+        reward, tokens = number(r": R = ([01])", told), number(r"clipped \d+ of (\d+)", told)
+        assert ("right" in told.split(" prompt ")[0]) == (reward == 1)
+        box, gold = re.search(r"box (.*?); the gold answer is (\S+):", told).groups()
+        assert (box == gold) == (reward == 1) and (box in told.split(" box ")[0] or "there is none" in box)
+        low, high = number("updates: #", told), number("updates: [\\d.]+ to #", told)
+        assert low <= number(r"; # at token", told) <= high
+        if "32" in options[1:]:
+            assert low == high == 1 and "after 0 updates" in told
+        else:
+            assert low < high and "after 3 updates" in told
+        loss, outside = number("loss #", told), number(r"clipped (\d+) of", told)
+        clipped += outside
+        if script == "ppo.py":
+            assert "V(s_t) = 0.000 at the first token" in told.split("advantage")[0]
+            assert "V(s_t) = 0.000 at the first token" not in told.split("afterwards")[1]
+            continue
+        advantage = number(r"= # *, the same", told)
+        if script != "spo.py":  # the sum that is printed
+            assert advantage == pytest.approx(eval(re.search(r"= ([-\d. ()/]+) = \S+, the same", told)[1]), abs=4e-3)
+        # The loss of tokens whose ratios lie between low and high, and count within the clips only.
+        dual = 10 if script == "spo.py" else 3
+        bounds = ((-advantage * min(high, 1.28), -advantage * low) if advantage > 0 else
+                  (-advantage * max(low, 0.8), -advantage * min(high, dual)))
+        assert bounds[0] - 2e-3 <= loss <= bounds[1] + 2e-3
+        assert (outside > 0) == (high > 1.28 if advantage > 0 else low < 0.8 or high > dual) and outside <= tokens
+        if script == "sppo.py":
+            assert advantage == pytest.approx(reward - number(r"baseline V\(prompt\) = #", told), abs=2e-3)
+            assert 0 < number(r"afterwards V\(prompt\) = #", told) < 1
+        elif script == "spo.py":
+            assert "v = 0.500, remembered" in told and number(r"R - v = #;", told) == reward - 0.5
+            assert number("afterwards v = #", told) == pytest.approx((0.48 + reward) / 1.96, abs=1e-3)  # rho is 0.96
+        elif "remax" in options:
+            assert advantage == reward - number(r"earned ([01])", told)
+        else:
+            group = [int(r) for r in re.search(r"earned ((?:[01] ?)+)", told)[1].split()]
+            expected = ((reward - statistics.mean(group)) * 8 / 7 if "rloo" in options else
+                        (reward - statistics.mean(group)) / statistics.stdev(group))
+            assert len(group) == 8 and advantage == pytest.approx(expected, abs=2e-3)
+    if "32" not in options[1:]:
+        assert clipped  # those that the ratio moved most come first
+    assert number(r"gradient +norm #", screen) > 0
+
+
+def test_several_ranks_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = complaint(lambda a: train(TrainConfig.parse("", a), SPPO), ["--explain"], capsys)
+    assert "--explain: tells of one process; leave out torchrun" in error
