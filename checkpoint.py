@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -247,6 +248,8 @@ def begin(run, baseline):
     """(the step after which the run resumes, or 0; its Log). Until then, nothing is written
     into the output folder."""
     c, logs, run.lock = run.config, [], []
+    if c.explain:  # another log, and nothing is written
+        return runpy.run_module("tools.explain")["begin"](run, baseline)
     if problem := first_problem(lambda: is_main() and run.lock.append(lock(c.output))):
         raise InputError(f"{c.output}: {problem}")
     step = resume(run, baseline)

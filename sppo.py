@@ -18,7 +18,6 @@ Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, 
 critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
 spo.py) import the loop from here and define their own baseline.
 """
-import runpy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar, Literal
@@ -257,8 +256,6 @@ def train(config, make_baseline):
     """Trains `config.model`, with what `make_baseline(run)` returns subtracted from the reward."""
     # The parts of the run. The loop, baselines and checkpoints know them by these names.
     c, run = config, SimpleNamespace(config=config)
-    if c.explain:  # the same for one step, watched from outside
-        return runpy.run_module("tools.explain")["explain"](train, c, make_baseline)
     c.check()
     say(f"Loading {c.model} and its engine; training starts in a few seconds.")
     run.tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
@@ -359,9 +356,8 @@ class TrainConfig(CommandLine):
         # One response may come from several policies, of which only the engine knew the log-probabilities.
         if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
             raise InputError(f"--oversample {self.oversample}: give 0 or more, with --old-logprobs rollout")
-        if not self.resume and checkpoint.existing(self.output):
-            raise InputError(f"{self.output}: holds checkpoints of an earlier run; continue from them with "
-                             "--resume, give another --output, or delete it")
+        if not (self.resume or self.explain) and checkpoint.existing(self.output):
+            raise InputError(f"{self.output}: holds checkpoints of a run; give --resume or another --output")
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code
         data.check_model(self.model, prompt + self.max_response_tokens, trust)
         if self.critic_model:

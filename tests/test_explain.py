@@ -3,9 +3,11 @@ import re
 import statistics
 
 import pytest
-from conftest import complaint, run
+import torch.distributed as dist
+from conftest import run
 
-from sppo import SPPO, TrainConfig, train
+from cli import InputError
+from tools.explain import begin
 
 QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "32", "--minibatch", "8", "--lr", "5e-4"]
 NUMBER = r"([-+]?\d[\d.]*)"
@@ -74,7 +76,7 @@ def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
     assert number(r"gradient +norm #", screen) > 0
 
 
-def test_several_ranks_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    error = complaint(lambda a: train(TrainConfig.parse("", a), SPPO), ["--explain"], capsys)
-    assert "--explain: tells of one process; leave out torchrun" in error
+def test_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(InputError, match="--explain: tells of one process; leave out torchrun"):
+        begin(None, None)

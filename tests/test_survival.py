@@ -138,7 +138,7 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
         done = run(*command)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     done = run(*[option for option in resume if option != "--resume"])
-    assert done.returncode == 2 and "holds checkpoints of an earlier run; continue from them with --resume" in done.stderr
+    assert done.returncode == 2 and "holds checkpoints of a run; give --resume or another --output" in done.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before  # nothing was lost
 
 

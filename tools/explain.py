@@ -5,14 +5,11 @@
 The script trains as always, for one step. Only its log is another: `Watch` notes what the policy and the
 baseline return, and prints it in the end. Nothing is written to a file.
 """
-import dataclasses
-import os
 import textwrap
-from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
-import checkpoint
 from cli import InputError, say
 from reward import last_boxed
 from sppo import clipped_policy_loss
@@ -20,14 +17,13 @@ from sppo import clipped_policy_loss
 WIDTH = 100  # columns of the screen
 
 
-def explain(train, config, make_baseline):
-    """Calls sppo.py's `train` for one step, and prints what happened to two prompts."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def begin(run, baseline):
+    """What checkpoint.begin returns for a run that is explained: (0, its log)."""
+    if dist.get_world_size() > 1:
         raise InputError("--explain: tells of one process; leave out torchrun")
-    config = dataclasses.replace(config, explain=False, steps=1, eval_every=0, eval_benchmarks=(),
-                                 save_every=0, resume=True)  # or an output folder in use would be refused
-    with patch.object(checkpoint, "begin", lambda run, baseline: (0, Watch(run, baseline))):
-        train(config, make_baseline)
+    run.config.steps, run.config.eval_every, run.config.save_every = 1, 0, 0
+    run.held_out, run.benchmarks = [], {}  # nothing is evaluated
+    return 0, Watch(run, baseline)
 
 
 def watch(owner, name, note):
