@@ -1,7 +1,7 @@
 """Draws the pictures of tools/lesson.py. They read in black and white, and on a phone."""
 import numpy as np
 
-from tools.race_results import pyplot, save
+from tools.race_figures import pyplot, save
 
 WIDTH = 5.0  # inches
 INK, PRAISE, BLAME, QUIET, MINUS = "#222222", "#e8850c", "#08519c", "#bbbbbb", "\N{MINUS SIGN}"

@@ -31,7 +31,8 @@ from typing import ClassVar, Literal
 import torch
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from tools.race_results import EQUAL, best_rates, draw, quick_answer, report
+from tools.race_figures import draw
+from tools.race_results import EQUAL, best_rates, quick_answer, report
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 8  # samples per prompt of GRPO and RLOO

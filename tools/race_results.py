@@ -1,4 +1,4 @@
-"""What the runs of a race say: the cost to a target, and the tables and figures of tools/race.py.
+"""What the runs of a race say: the cost to a target, and the tables and claims of tools/race.py.
 
 A run is a dictionary: algorithm, learning rate, seed and prompts a step; accuracy, seconds and responses at
 each evaluation; seconds by phase; and the metrics of each step.
@@ -181,6 +181,9 @@ def report(results):
         command = "python -m tools.race" + (f" --part {part}" if part != "race" else "")
         seeds = len({run["seed"] for run in results[part]["runs"]})
         parts.append(f"\n## {text}\n\n`{command}` on {results[part]['machine']}; seeds: {seeds}.\n")
+    if {"race", "batches"} <= results.keys():
+        parts.append("\n## What it says of the papers' claims\n")
+        parts.append(markdown(("claim", "here"), [*claims(results).items()]))
     for title, runs in protocols(results).items():
         heading("race", title)
         parts += [table(runs), "\nMilliseconds for a response, by phase:\n", phase_table(runs)]
@@ -193,6 +196,49 @@ def report(results):
     return "\n".join(parts) + "\n"
 
 
+def claims(results):
+    """{what the papers claim: what the race says of it}, as README has it. Needs the race and the batches."""
+    runs = next(iter(protocols(results).values()))
+    end = {name: student_interval([smooth(run["accuracy"])[-1] for run in of(runs, name)])
+           for name in names_in(runs)}
+
+    def at_end(*names):
+        return ", ".join(f"{name} {end[name][0]:.3f} ± {end[name][1]:.3f}" for name in names)
+
+    def apart(a, b):
+        """+1 if a ends above b by more than both intervals, -1 if below, 0 if nobody can tell."""
+        gap = end[a][0] - end[b][0]
+        return 0 if abs(gap) <= end[a][1] + end[b][1] else 1 if gap > 0 else -1
+
+    def share(key, place):
+        return f"{mean_of(run['metrics'][key][place] for run in of(runs, 'GRPO')):.0%}"
+
+    def tenth(name, k):
+        return mean_of(v for run in of(runs, name) for v in run["metrics"][f"critic/auc_tenth_{k}"])
+
+    def ratios(clock, size):
+        some = [run for run in results["batches"]["runs"] if run["prompts"] == size]
+        return ratio_text(speed(some, clock=clock)["GRPO"])
+    sizes = sorted({run["prompts"] for run in results["batches"]["runs"]})
+    where = {1: "it ends above", 0: "no difference beyond the intervals", -1: "it ends below"}
+    early, late = tenth("PPO", 1), tenth("PPO", 10)
+    return {
+        "SPPO is faster than GRPO": "GRPO's responses to its best, SPPO = 1: " + ", ".join(
+            f"{ratios('responses', size)} at {size} prompts a step" for size in sizes),
+        "in seconds": "GRPO's seconds to its best, SPPO = 1: " + ", ".join(
+            f"{ratios('seconds', size)} at {size}" for size in sizes),
+        "SPPO ends as high as GRPO and PPO": at_end("SPPO", "GRPO", "PPO", "RLOO"),
+        "a small critic is enough": f"{where[apart('SPPO, small critic', 'SPPO')]}: "
+                                    + at_end("SPPO, small critic", "SPPO"),
+        "PPO sees the answer coming": f"AUC of PPO's values {early:.2f} in the first tenth of a response, "
+                                      f"{late:.2f} in the last",
+        "PPO with BCE collapses": f"{where[apart('PPO + BCE', 'PPO')]}: " + at_end("PPO + BCE", "PPO"),
+        "GRPO's groups degenerate": f"all right: from {share('group/all_right', 0)} of the groups to "
+                                    f"{share('group/all_right', -1)}; all wrong: from "
+                                    f"{share('group/all_wrong', 0)} to {share('group/all_wrong', -1)}",
+        "a tracker can replace the critic": at_end("SPO", "SPPO")}
+
+
 def quick_answer(runs):
     """One sentence: what GRPO's best accuracy costs it, as a multiple of SPPO's cost."""
     best = f"GRPO's best smoothed accuracy, {max(smooth(of(runs, 'GRPO')[0]['accuracy'])):.3f},"
@@ -202,137 +248,3 @@ def quick_answer(runs):
                 "times as long.")
     # 0 if SPPO never reaches it; not a number if SPPO has it from the start.
     return f"{best} SPPO {'does not reach in' if responses == 0 else 'has from the start of'} this race."
-
-
-# ---- figures -----------------------------------------------------------------------------------------------
-
-def pyplot():
-    """matplotlib.pyplot, in the one style of all our figures, which reads in black and white."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": "#dddddd", "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False,
-        "svg.hashsalt": "race", "figure.dpi": 150, "savefig.bbox": "tight"})
-    return plt
-
-
-def save(plt, figures, folder):
-    """Writes {name: figure, or None} as PNG and SVG into a folder, and closes them."""
-    for name, figure in figures.items():
-        if figure:
-            # Without dates and versions, the same results give the same bytes.
-            for kind, about in (("png", {"Software": None}), ("svg", {"Date": None})):
-                figure.savefig(folder / f"{name}.{kind}", metadata=about)
-            plt.close(figure)
-
-
-def draw(results, folder):
-    """Writes every figure of a race."""
-    plt = pyplot()
-    runs = next(iter(protocols(results).values()), [])
-    batches = results["batches"]["runs"] if "batches" in results else []
-    save(plt, {"race": draw_accuracy(plt, protocols(results)), "groups": draw_groups(plt, runs),
-               "tail": draw_tail(plt, runs), "batches": draw_batches(plt, runs, batches)}, folder)
-
-
-def band(axes, x, rows, name):
-    """A line for the mean over seeds, and a band from lowest to highest. rows: values [seeds, len(x)]."""
-    marker, line, colour = STYLES[name]
-    points = list(zip(*rows, strict=True))
-    mean, low, high = ([f(values) for values in points] for f in (statistics.mean, min, max))
-    every = max(1, len(x) // 12)
-    axes.plot(x, mean, marker=marker, linestyle=line, color=colour, label=name, markevery=every)
-    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-
-
-def curve(axes, runs, name, clock):
-    """Smoothed accuracy over seconds or responses."""
-    x = [statistics.mean(values) for values in zip(*(run[clock] for run in of(runs, name)), strict=True)]
-    band(axes, x, [smooth(run["accuracy"]) for run in of(runs, name)], name)
-
-
-def draw_accuracy(plt, protocols):
-    """Accuracy over responses and over seconds, a row for each protocol."""
-    if not protocols:
-        return None
-    figure, rows = plt.subplots(len(protocols), 2, figsize=(8, 3.4 * len(protocols)), squeeze=False,
-                                sharey=True)
-    for (title, runs), row in zip(protocols.items(), rows, strict=True):
-        for axes, clock in zip(row, ("responses", "seconds"), strict=True):
-            for name in names_in(runs):
-                curve(axes, runs, name, clock)
-            axes.set(xlabel={"responses": "responses sampled", "seconds": "seconds of training"}[clock])
-        row[0].set_title(title, loc="left", fontsize=9)
-        row[0].set(ylabel="accuracy, held-out problems", ylim=(None, 1))
-        row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    return figure
-
-
-def draw_batches(plt, runs, batches):
-    """The point: SPPO and GRPO at the papers' batch, and the ratio of their costs against the batch."""
-    if not batches:
-        return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    size = max({run["prompts"] for run in runs} or {run["prompts"] for run in batches})
-    runs = runs or [run for run in batches if run["prompts"] == size]
-    for name in ("SPPO", "GRPO"):
-        curve(left, runs, name, "responses")
-    left.set(xlabel="responses sampled", ylabel="accuracy, held-out problems", ylim=(None, 1),
-             title=f"{size} prompts a step")
-    left.legend(loc="lower right", fontsize=8)
-    sizes = sorted({run["prompts"] for run in batches})
-    for clock, marker, line in (("responses", "o", "-"), ("seconds", "s", "--")):
-        ratios = [[r for r in speed([run for run in batches if run["prompts"] == size], clock=clock)["GRPO"]
-                   if 0 < r < math.inf] for size in sizes]
-        shown = [(size, r) for size, r in zip(sizes, ratios, strict=True) if r]
-        middle = [statistics.median(r) for _, r in shown]
-        right.errorbar([size for size, _ in shown], middle, marker=marker, linestyle=line, color="black",
-                       capsize=3, label=f"in {clock}",
-                       yerr=[[m - min(r) for m, (_, r) in zip(middle, shown, strict=True)],
-                             [max(r) - m for m, (_, r) in zip(middle, shown, strict=True)]])
-    right.axhline(1, color="#888888", linewidth=0.8)
-    right.set(xscale="log", xlabel="prompts a step", ylim=(0, None),
-              title="cost to GRPO's best: GRPO / SPPO")
-    right.set_xticks(sizes, map(str, sizes), minor=False)
-    right.minorticks_off()
-    right.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def draw_groups(plt, runs):
-    """The share of groups without gradient, as training goes on: all right or all wrong."""
-    names = [name for name in names_in(runs) if of(runs, name)[0]["metrics"].get("group/all_right")]
-    if not names:
-        return None
-    figure, panels = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True)
-    for axes, key, title in zip(panels, ("group/all_right", "group/all_wrong"),
-                                ("all samples right: too easy", "all samples wrong: too hard"), strict=True):
-        for name in names:
-            rows = [run["metrics"][key] for run in of(runs, name)]
-            band(axes, [(i + 1) / len(rows[0]) for i in range(len(rows[0]))], rows, name)
-        axes.set(xlabel="share of the training done", ylim=(0, 1), title=title)
-    panels[0].set_ylabel("share of the groups")
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def draw_tail(plt, runs):
-    """The tail effect: AUC of a token-level critic's values along the response, and the prompt critic's."""
-    names = [name for name in ("PPO", "PPO + BCE") if of(runs, name)]
-    if not names:
-        return None
-    figure, axes = plt.subplots(figsize=(5, 3))
-    for name in names:
-        keys = [f"critic/auc_tenth_{k}" for k in range(1, 11)]
-        tenths = [[mean_of(run["metrics"][key]) for key in keys] for run in of(runs, name)]
-        band(axes, [k / 10 - 0.05 for k in range(1, 11)], tenths, name)
-    for name in ("SPPO", "SPPO, small critic"):
-        if some := of(runs, name):
-            band(axes, [0.0], [[mean_of(run["metrics"]["critic/auc"])] for run in some], name)
-    axes.set(xlabel="position in the response", ylabel="AUC of the critic's value", xlim=(-0.05, 1))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
