@@ -24,6 +24,9 @@ race: install  ## every algorithm on the built-in tasks, and the figures: somewh
 race-quick: install  ## one seed of SPPO and GRPO: some minutes
 	$(BIN)/python -m tools.race --quick
 
+gpu: install  ## measure one NVIDIA GPU: ten minutes at most, without a network
+	$(BIN)/python -m tools.gpu
+
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
 .venv/installed: requirements.txt requirements-cpu.txt requirements-optional.txt tools/install.py tools/excluded.txt
@@ -33,5 +36,5 @@ install: .venv/installed  ## what everything needs, into .venv (for a GPU if the
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help demo test race race-quick install clean
+.PHONY: help demo test race race-quick gpu install clean
 .DEFAULT_GOAL := help
