@@ -33,6 +33,9 @@ race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: some min
 lesson: install  ## the pictures of docs/pictures, from a run of the built-in model: some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lesson
 
+gpu: install  ## measure one NVIDIA GPU: ten minutes at most, without a network
+	$(BIN)/python -m tools.gpu
+
 install: .venv/installed  ## what everything needs, into .venv (for a GPU if there is one)
 
 .venv/installed: requirements.txt requirements-cpu.txt tools/install.py tools/excluded.txt
@@ -42,5 +45,5 @@ install: .venv/installed  ## what everything needs, into .venv (for a GPU if the
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help demo test race race-batches race-grid race-quick lesson install clean
+.PHONY: help demo test race race-batches race-grid race-quick lesson gpu install clean
 .DEFAULT_GOAL := help

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cli import InputError
 from tools.live_bytes import LiveBytes
-from tools.plan import Count, largest_budget, main, phases, shape_of
+from tools.plan import Count, largest_budget, main, moved_between, phases, shape_of
 
 PRIVATE = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 
@@ -61,6 +61,8 @@ def test_what_the_plan_adds_up():
              2000: phases(Count(8, 8, 16, (7, 5), (30, 5)), Count(2, 2, 4, (4, 1), (10, 1)), "", 40)}
     assert largest_budget(plans, 73) == 2304  # the policy's update has 58, and 10 more for every 1,000 tokens
     assert largest_budget(plans, 47) == 0
+    assert moved_between(policy, critic) == 2 * 8 + 2 * (8 + 16) + 8 + 2 * 2 + 2 * (2 + 4)
+    assert moved_between(policy, None) == 2 * 8 + 2 * (8 + 16) + 8
     assert shape_of("Qwen/Qwen3-8B").head_dim == 128
 
 
@@ -80,4 +82,5 @@ def test_the_command():
     assert done.returncode == 0, done.stderr
     assert "sppo: policy builtin, 0.00B parameters; critic builtin" in done.stdout
     assert len(re.findall(r"^  update critic +0\.0", done.stdout, re.M)) == 3
+    assert "--offload-between moves 0 GiB a step" in done.stdout
     assert len(re.findall(r"^\| (as it is|--offload|--offload-between)", done.stdout, re.M)) == 6

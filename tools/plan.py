@@ -251,6 +251,16 @@ def report(c):
             fits = f"{budget:,}" if budget >= row else "none holds the longest row"
             say(f"| {setting or 'as it is'}{'' if sleeps else ', vLLM never asleep'} | {most / GIB:.1f} | "
                 f"{100 * most / whole:.0f} % | {fits} | {share:.2f} |")
+    moved = moved_between(of_policy, of_critic)
+    say(f"\n--offload-between moves {moved / GIB:.0f} GiB a step between each GPU and the host: "
+        f"{moved / 1e10:.0f} s at 10 GB/s, a guess for memory that is not pinned.")
+
+
+def moved_between(of_policy, of_critic):
+    """Bytes that --offload-between moves in a step of several mini-batches. Each model comes and goes twice: to
+    compute without gradient, and with Adam's moments to learn. The policy's weights also go to vLLM."""
+    there_and_back = sum(4 * m.weights + 2 * m.optimizer for m in (of_policy, of_critic) if m)
+    return there_and_back + of_policy.weights
 
 
 def engine_needs(shape, parameters, tensor_parallel):
