@@ -7,11 +7,11 @@ import shlex
 import pytest
 from conftest import ROOT
 
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]}
 CONFIGS = {  # script: its dataclasses of options
     "sppo.py": ["sppo.TrainConfig"], "grpo.py": ["grpo.GRPOConfig"], "ppo.py": ["ppo.PPOConfig"], "spo.py": ["spo.SPOConfig"],
     "eval.py": ["eval.EvalConfig"], "tools.plan": ["tools.plan.PlanConfig"], "tools.lesson": ["tools.lesson.LessonConfig"],
-    "tools.race": ["tools.race.RaceConfig"],
+    "tools.race": ["tools.race.RaceConfig"], "tools.gpu": ["tools.gpu.GPUConfig"], "tools.board": ["tools.board.BoardConfig"],
     "tools.bench": ["tools.bench.StepConfig", "tools.bench.PartConfig", "tools.bench_runs.StragglerConfig",
                     "tools.bench_runs.TRLConfig"]}
 OTHERS = {  # options of programs that are not ours
