@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel
 
 from data import load_tokenizer, render
 from sharded import ShardedModel, load, mean_of
@@ -49,7 +48,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
-        self.backbone = load(AutoModel, model, trust_remote_code)
+        self.backbone = load("AutoModel", model, trust_remote_code)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
         nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something is known
         nn.init.zeros_(self.head.bias)

@@ -21,7 +21,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, progress, say
 from data import check_model, load_problems, load_tokenizer, render
@@ -140,6 +139,7 @@ def fingerprint(model, trust_remote_code):
     """A text that changes when a model's weights do, so that one file never mixes the
     responses of two models."""
     if not Path(model).is_dir():
+        from transformers import AutoConfig
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)._commit_hash
     digest = hashlib.sha1()
     for file in sorted(Path(model).glob("*.safetensors")):

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from cli import InputError
 from sharded import ShardedModel, load, pad, unflatten
@@ -139,7 +138,7 @@ class Policy(ShardedModel):
     """
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
-        lm = load(AutoModelForCausalLM, model, trust_remote_code)
+        lm = load("AutoModelForCausalLM", model, trust_remote_code)
         head = lm.get_output_embeddings()
         if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
             raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which are not "

@@ -32,13 +32,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from cli import Diverged, InputError, progress
 
-transformers_logging.set_verbosity_error()  # data.py checks models, and says what is wrong in one sentence
-transformers_logging.disable_progress_bar()
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one sentence what is wrong
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
@@ -128,8 +125,14 @@ def causal_attention(module, query, key, value, attention_mask, scaling, **_):
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("causal", causal_attention)
-AttentionMaskInterface.register("causal", lambda *_, **__: None)
+@functools.cache
+def transformers():
+    """The library, with our attention. It is imported at its first use: --help need not wait for it."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    transformers.AttentionInterface.register("causal", causal_attention)
+    transformers.AttentionMaskInterface.register("causal", lambda *_, **__: None)
+    return transformers
 
 
 def attention_of(config):
@@ -141,9 +144,10 @@ def attention_of(config):
 
 
 def load(auto, model, trust_remote_code):
-    """The model as the transformers class `auto` (AutoModel, ...), with the checkpoint's weights and dtype on
+    """The model as transformers' class `auto` ("AutoModel", ...), with the checkpoint's weights and dtype on
     rank 0. On other ranks it has no memory (device `meta`) until `ShardedModel` distributes the weights."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    config = transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    auto = getattr(transformers(), auto)
     options = dict(attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
     if dist.get_rank() == 0:
         return auto.from_pretrained(model, dtype="auto", use_safetensors=True, **options)

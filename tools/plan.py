@@ -121,7 +121,8 @@ def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options)
     options = dict(lr=1e-6, micro_batch_tokens=tokens, **options)
 
     def structure(auto, *_):
-        return auto.from_config(shape, attn_implementation="causal", dtype=torch.bfloat16)
+        return getattr(sharded.transformers(), auto).from_config(
+            shape, attn_implementation="causal", dtype=torch.bfloat16)
 
     with contextlib.ExitStack() as stack:
         for module, name, value in ((policy, "load", structure), (critic, "load", structure),
