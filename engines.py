@@ -87,8 +87,8 @@ class VLLMEngine:
             # Memory for the logits of so many responses is set aside (0.32, on an H100: 1,024 if nothing is
             # said). Not fewer than 256, since an evaluation may ask for more than a step does.
             options = dict(max_num_seqs=min(1024, max(256, at_once)),
-                           # Logits are not rounded to bfloat16, as in policy.py. (0.22 rounds them even so, and
-                           # then `policy/rollout_gap` is larger.)
+                           # Logits are not rounded to bfloat16, as in policy.py. (0.22 rounds them even so,
+                           # and then `policy/rollout_gap` is larger.)
                            hf_overrides={"head_dtype": "float32"})
         else:
             from vllm.platforms import current_platform

@@ -257,8 +257,8 @@ def report(c):
 
 
 def moved_between(of_policy, of_critic):
-    """Bytes that --offload-between moves in a step of several mini-batches. Each model comes and goes twice: to
-    compute without gradient, and with Adam's moments to learn. The policy's weights also go to vLLM."""
+    """Bytes that --offload-between moves in a step of several mini-batches. Each model comes and goes twice:
+    to compute without gradient, and with Adam's moments to learn. The policy's weights also go to vLLM."""
     there_and_back = sum(4 * m.weights + 2 * m.optimizer for m in (of_policy, of_critic) if m)
     return there_and_back + of_policy.weights
 
