@@ -134,6 +134,8 @@ def test_no_entropy_where_only_log_probabilities_are_asked_for(device, monkeypat
     with_entropy, entropy = ours.forward(sequences)
     assert asked == [False, True] and entropy.any()
     assert torch.equal(without, with_entropy.detach())
+    with torch.no_grad():
+        assert not ours.forward(sequences)[1].any()
 
 
 def test_float32_logits_of_bfloat16_states(monkeypatch):
@@ -236,7 +238,7 @@ def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch, cap
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert parts["fine"]["measured"] == {"a": 1}
     assert parts["broken"]["error"] == "ValueError: of this part"
-    assert parts["slow"]["error"] == "took more than 1 s" and parts["slow"]["seconds"] < 30
+    assert parts["slow"]["error"] == "took more than 1 s"
     assert parts["silent"]["error"] == "did not say what it measured"
     printed = capsys.readouterr().out
     assert (tmp_path / "gpu.md").read_text() in printed and "failed: ValueError: of this part" in printed
