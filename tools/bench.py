@@ -34,7 +34,7 @@ from reward import Verifier
 from rollout import sample_and_verify
 from sharded import compute_dtype, init_distributed, micro_batches
 from tools.bench_runs import need, stragglers, trl
-from tools.plan import SHAPES, shape_of
+from tools.shapes import SHAPES, shape_of
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
     python -m tools.plan deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --gpus 4
     python -m tools.plan MODEL --critic-model SMALLER --gpus 8 --algorithm sppo
+    python -m tools.plan MODEL --time       seconds instead, with options of its own: tools/plan_time.py
 
 There are no formulas for training here. The code that trains runs as it is, on "fake" tensors, which have a
 shape but no memory, in a "fake" process group, whose other ranks do not exist. What is counted is the bytes
@@ -24,7 +25,6 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoConfig, Qwen2Config, Qwen3Config
 
 import critic
 import policy
@@ -34,17 +34,12 @@ from cli import CommandLine, InputError, clear_errors, option, say
 from engines import Response
 from rollout import Batch
 from sppo import TrainConfig, policy_step
+from tools import plan_time
 from tools.live_bytes import LiveBytes
+from tools.shapes import engine_needs, shape_of
 
 GIB = 2**30
 RESERVED = 4.0  # GiB: a guess, which has not been compared with a GPU yet
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, are embedding and output tied?
-    "Qwen/Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "Qwen/Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 151936, False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, 8, 151936, False)}
 
 
 @dataclass
@@ -69,23 +64,6 @@ class PlanConfig(CommandLine):
         for name, size in (("--replicas", self.replicas), ("--tensor-parallel", self.tensor_parallel)):
             if self.gpus % size:
                 raise InputError(f"{name} {size} does not divide --gpus {self.gpus}")
-
-
-def shape_of(model, trust_remote_code=False):
-    """The Hugging Face config of a model: one of SHAPES, a folder, or a hub name."""
-    if model not in SHAPES:
-        try:
-            return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-        except Exception as error:  # transformers raises many kinds; each is about this model
-            raise InputError(f"{model}: is neither a folder with a config.json nor a model on the hub that "
-                             f"can be read from here ({str(error).strip().splitlines()[0]})") from None
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[model]
-    config, more = (Qwen3Config, dict(head_dim=128)) if "Qwen3" in model else (Qwen2Config, {})
-    return config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, dtype=torch.bfloat16,
-        tie_word_embeddings=tied, max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **more)
 
 
 # ---- counting ---------------------------------------------------------------------------------------------
@@ -264,19 +242,16 @@ def moved_between(of_policy, of_critic):
     return there_and_back + of_policy.weights
 
 
-def engine_needs(shape, parameters, tensor_parallel):
-    """vLLM in bfloat16 on each of `tensor_parallel` GPUs: (bytes of weights, of a token in its cache)."""
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head  # a key and a value
-    return 2 * parameters / tensor_parallel, per_token / tensor_parallel
-
-
 def main(arguments=None):
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--model")  # the model may stand first, without its option's name
     with clear_errors():
-        report(PlanConfig.parse(__doc__, arguments))
+        if "--time" in arguments:
+            arguments.remove("--time")
+            plan_time.report(plan_time.TimeConfig.parse(plan_time.__doc__, arguments))
+        else:
+            report(PlanConfig.parse(__doc__, arguments))
 
 
 if __name__ == "__main__":
