@@ -24,8 +24,9 @@ def test_smoothing_and_the_cost_to_a_target():
     assert cost_to(runner("SPPO", 0, [0.0, 0.3, 0.6, 0.9]), 0.7) == math.inf
 
 
-def test_cost_is_compared_at_grpos_best_of_the_same_seed_and_batch():
+def test_cost_is_compared_at_grpos_best_of_the_same_seed_and_batch(monkeypatch):
     slow = [0, 40, 80, 120]
+    monkeypatch.setattr(race_results, "NEAR", 1.0)
     runs = [runner("SPPO", 0, [0.5, 0.9, 0.9, 0.9]), runner("GRPO", 0, [0.5, 0.7, 0.7, 0.7], slow),
             runner("SPPO", 1, [0.5, 0.5, 0.5, 0.9]), runner("GRPO", 1, [0.5, 0.5, 0.5, 0.5], slow),
             runner("PPO", 0, [0.5, 0.5, 0.5, 0.6]), runner("PPO", 1, [0.5, 0.5, 0.5, 0.5])]
@@ -35,6 +36,8 @@ def test_cost_is_compared_at_grpos_best_of_the_same_seed_and_batch():
     assert ratios["GRPO"][0] == 120 / 10 and ratios["PPO"][0] == math.inf
     assert by_responses["GRPO"][0] == 24 / 1
     assert speed(runs, target=0.6)["GRPO"] == [40 / 10, math.inf]  # seed 1: GRPO never gets there
+    monkeypatch.setattr(race_results, "NEAR", 0.9)  # 0.63 is enough on seed 0, and all have that from the start on seed 1
+    assert speed(runs)["GRPO"] == [pytest.approx(80 / 10), pytest.approx(math.nan, nan_ok=True)]
     other = [{**run, "prompts": 256, "accuracy": [0.5, 0.5, 0.5, 0.5]} for run in runs]
     assert len(speed(runs + other)["GRPO"]) == 4  # another batch is another contest
     assert ratio_text([12.0, 3.0, math.inf]) == "12.0 [3.0, never]"

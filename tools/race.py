@@ -92,9 +92,10 @@ def runs_of(c, results):
     if c.part == "grid":
         return [(name, lr, c.seeds, c.prompts_per_step) for lr in c.lrs for name in names]
     if c.part == "batches":  # the slowest first, so that no core idles at the end
-        return [(name, f"{float(c.lr) * math.sqrt(size / c.prompts_per_step):.3g}", seed, size)
-                for size in sorted(c.batches, reverse=True) for seed in range(c.seeds)
-                for name in ("GRPO", "SPPO")]
+        rates = {size: f"{float(c.lr) * math.sqrt(size / c.prompts_per_step):.3g}" for size in c.batches}
+        rates[c.prompts_per_step] = c.lr  # as in the race, whose runs need not be repeated
+        return [(name, rates[size], seed, size) for size in sorted(c.batches, reverse=True)
+                for seed in range(c.seeds) for name in ("GRPO", "SPPO")]
     best = best_rates(results["grid"]["runs"]) if "grid" in results else {}
     rates = {name: dict.fromkeys((c.lr, best.get(name, c.lr))) for name in names}  # once if they are the same
     return [(name, lr, seed, c.prompts_per_step)
