@@ -13,7 +13,7 @@ STYLES = {  # name: marker, line, colour; tables and legends have this order
     "GRPO": ("x", "-", "#d94801"), EQUAL: ("+", "--", "#d94801"),
     "RLOO": ("*", ":", "#8c2d04"), "ReMax": ("P", ":", "#41ab5d")}
 WINDOW = 3  # evaluations; smoothed accuracy is their mean
-NEAR = 0.95  # "GRPO's best" counts as reached at this share of it: the best is the luckiest of many evaluations
+NEAR = 0.95  # GRPO's best counts as reached at this share of it: the best of many evaluations was also lucky
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
