@@ -70,6 +70,9 @@ def test_what_else_is_drawn(lesson):
     assert data["seconds"]["update"] == statistics.median(m["time/update"] for m in lines)
     assert 0 < data["seconds"]["critic"] < statistics.median(m["time/critic"] for m in lines)  # without PPO's and SPO's
     assert data["plan"]["phases"]["rollout"]["vLLM"] == pytest.approx(0.35 * 79, abs=0.01)
+    committed = json.loads((ROOT / "docs/pictures/lesson.json").read_text())["plan"]["phases"]["update policy"]
+    share = 7.615e9 * 4 / 4 / 2**30  # 7B in float32, over four GPUs
+    assert [committed[name] for name in ("weights", "gradients", "optimizer")] == pytest.approx([share, share, 2 * share], rel=0.01)
 
 
 @pytest.mark.xdist_group("lesson")

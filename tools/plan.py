@@ -182,6 +182,7 @@ def fake_world(gpus):
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    sharded.mesh_of_ranks.cache_clear()  # meshes of the world before, if this process was in one
 
 
 # ---- what is printed --------------------------------------------------------------------------------------
