@@ -184,7 +184,8 @@ def main(arguments=None):
             if c.part == "quick":
                 say("\n" + quick_answer(runs))
                 return
-            settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()}
+            settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()
+                        if k not in ("output", "results", "redraw")}
             results[c.part] = {"settings": settings, "extra": extra, "machine": machine(), "runs": runs}
         folder.mkdir(parents=True, exist_ok=True)
         # A line for each run.
