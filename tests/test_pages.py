@@ -10,13 +10,13 @@ from conftest import ROOT
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]}
 CONFIGS = {  # script: its dataclasses of options
     "sppo.py": ["sppo.TrainConfig"], "grpo.py": ["grpo.GRPOConfig"], "ppo.py": ["ppo.PPOConfig"], "spo.py": ["spo.SPOConfig"],
-    "eval.py": ["eval.EvalConfig"], "tools.plan": ["tools.plan.PlanConfig"], "tools.lesson": ["tools.lesson.LessonConfig"],
+    "eval.py": ["eval.EvalConfig"], "tools.plan": ["tools.plan.PlanConfig", "tools.plan_time.TimeConfig"], "tools.lesson": ["tools.lesson.LessonConfig"],
     "tools.race": ["tools.race.RaceConfig"], "tools.gpu": ["tools.gpu.GPUConfig"], "tools.board": ["tools.board.BoardConfig"],
     "tools.bench": ["tools.bench.StepConfig", "tools.bench.PartConfig", "tools.bench_runs.StragglerConfig",
                     "tools.bench_runs.TRLConfig"]}
 OTHERS = {  # options of programs that are not ours
     "torchrun": {"nproc-per-node", "nnodes", "standalone", "shutdown-timeout", "rdzv-backend", "rdzv-endpoint", "rdzv-id"},
-    "tools.compare": {"recheck"}, "everywhere": {"help", "logdir", "loss-mean", "excludes", "extra-index-url", "index-strategy"}}
+    "tools.compare": {"recheck"}, "tools.plan": {"time"}, "everywhere": {"help", "logdir", "loss-mean", "excludes", "extra-index-url", "index-strategy"}}
 SOURCE = "".join(path.read_text() for folder in (ROOT, ROOT / "tools") for path in sorted(folder.glob("*.py")))
 
 

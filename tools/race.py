@@ -32,10 +32,9 @@ import torch
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
 from tools.race_figures import draw
-from tools.race_results import EQUAL, best_rates, quick_answer, report
+from tools.race_results import EQUAL, GROUP, best_rates, quick_answer, report
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUP = 8  # samples per prompt of GRPO and RLOO
 ALGORITHMS = {  # name: the script and the options that make it this algorithm
     "SPPO": ["sppo.py"], "SPPO, small critic": ["sppo.py"], "SPO": ["spo.py"], "PPO": ["ppo.py"],
     "PPO + BCE": ["ppo.py", "--value-loss", "bce"], "GRPO": ["grpo.py"], EQUAL: ["grpo.py"],

@@ -2,7 +2,7 @@
 import math
 import statistics
 
-from tools.race_results import STYLES, mean_of, names_in, of, protocols, smooth, speed
+from tools.race_results import GROUP, STYLES, mean_of, names_in, of, protocols, smooth, speed
 
 
 def pyplot():
@@ -83,21 +83,30 @@ def draw_batches(plt, runs, batches):
              title=f"{size} prompts a step")
     left.legend(loc="lower right", fontsize=8)
     sizes = sorted({run["prompts"] for run in batches})
-    for clock, marker, line in (("responses", "o", "-"), ("seconds", "s", "--")):
-        ratios = [[r for r in speed([run for run in batches if run["prompts"] == size], clock=clock)["GRPO"]
-                   if 0 < r < math.inf] for size in sizes]
-        shown = [(size, r) for size, r in zip(sizes, ratios, strict=True) if r]
-        middle = [statistics.median(r) for _, r in shown]
-        right.errorbar([size for size, _ in shown], middle, marker=marker, linestyle=line, color="black",
-                       capsize=3, label=f"in {clock}",
-                       yerr=[[m - min(r) for m, (_, r) in zip(middle, shown, strict=True)],
-                             [max(r) - m for m, (_, r) in zip(middle, shown, strict=True)]])
-    right.axhline(1, color="#888888", linewidth=0.8)
-    right.set(xscale="log", xlabel="prompts a step", ylim=(0, None),
-              title="cost to GRPO's best: GRPO / SPPO")
+    for clock, target, marker, line in (("responses", 0.7, "o", "-"), ("responses", None, "^", "-."),
+                                        ("seconds", None, "s", "--")):
+        lows, middles, highs = [], [], []
+        for size in sizes:  # a seed on which SPPO never gets there counts as 0
+            some = [run for run in batches if run["prompts"] == size]
+            ratios = [r for r in speed(some, clock=clock, target=target)["GRPO"] if r < math.inf]
+            ratios = ratios or [math.nan]
+            lows.append(min(ratios))
+            middles.append(statistics.median(ratios))
+            highs.append(max(ratios))
+        errors = [[m - low for m, low in zip(middles, lows, strict=True)],
+                  [high - m for m, high in zip(middles, highs, strict=True)]]
+        shift = {"o": 0.96, "^": 1.0, "s": 1.04}[marker]  # so that ranges do not cover each other
+        right.errorbar([size * shift for size in sizes], middles, errors, marker=marker, linestyle=line,
+                       color="#888888" if clock == "seconds" else "black", capsize=3,
+                       label=f"{clock} to {target}" if target else f"{clock} to GRPO's best")
+    for height, text in ((GROUP**0.5, "√8"), (GROUP, "8")):
+        right.axhline(height, color="#d94801", linewidth=0.8, linestyle=":")
+        right.text(sizes[0], height, text, color="#d94801", fontsize=8, va="bottom", ha="right")
+    right.set(xscale="log", xlabel="prompts a step", ylim=(0, GROUP + 2.5),
+              title="cost: GRPO / SPPO")
     right.set_xticks(sizes, map(str, sizes), minor=False)
     right.minorticks_off()
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     return figure
 

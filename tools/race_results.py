@@ -6,6 +6,7 @@ each evaluation; seconds by phase; and the metrics of each step.
 import math
 import statistics
 
+GROUP = 8  # samples per prompt of GRPO and RLOO
 EQUAL = "GRPO, equal samples"  # as many responses a step as SPPO, so an eighth of the prompts
 STYLES = {  # name: marker, line, colour; tables and legends have this order
     "SPPO": ("o", "-", "#000000"), "SPPO, small critic": ("s", "--", "#000000"),
@@ -209,7 +210,7 @@ def claims(results):
             gaps = [a - b for a, b in zip(accuracy[name], accuracy[other], strict=True)]
             mean, half = student_interval(gaps)
             return f"{name} {mean:+.3f} ± {half:.3f}"
-        return f"accuracy at the end, minus {other}'s: " + ", ".join(map(text, names))
+        return f"Accuracy at the end, minus {other}'s: " + ", ".join(map(text, names))
 
     def share(key, place):
         return f"{mean_of(run['metrics'][key][place] for run in of(runs, 'GRPO')):.0%}"
@@ -217,22 +218,23 @@ def claims(results):
     def tenth(name, k):
         return mean_of(v for run in of(runs, name) for v in run["metrics"][f"critic/auc_tenth_{k}"])
 
-    def ratios(clock, size):
+    def ratios(clock, size, target=None):
         some = [run for run in results["batches"]["runs"] if run["prompts"] == size]
-        return ratio_text(speed(some, clock=clock)["GRPO"])
-    sizes = sorted({run["prompts"] for run in results["batches"]["runs"]})
+        return ratio_text(speed(some, clock=clock, target=target)["GRPO"])
+    sizes, papers = sorted({run["prompts"] for run in results["batches"]["runs"]}), runs[0]["prompts"]
     early, late = tenth("PPO", 1), tenth("PPO", 10)
     return {
-        "SPPO is faster than GRPO": "responses to GRPO's best, GRPO / SPPO: " + ", ".join(
-            f"{ratios('responses', size)} at {size}" for size in sizes) + " prompts a step",
-        "in seconds": "seconds to GRPO's best, GRPO / SPPO: " + ", ".join(
-            f"{ratios('seconds', size)} at {size}" for size in sizes) + " prompts a step",
+        "SPPO is faster than GRPO": f"GRPO's best costs GRPO {ratios('responses', papers)} times SPPO's "
+                                    f"responses and {ratios('seconds', papers)} times its seconds, at "
+                                    f"{papers} prompts a step",
+        "the batch decides": "Responses to accuracy 0.7, GRPO / SPPO: " + ", ".join(
+            f"{ratios('responses', size, 0.7)} at {size}" for size in sizes) + " prompts a step",
         "SPPO ends as high as GRPO and PPO": beside("GRPO", "RLOO", "PPO"),
         "a small critic is enough": beside("SPPO, small critic"),
         "PPO sees the answer coming": f"AUC of PPO's values {early:.2f} in the first tenth of a response, "
                                       f"{late:.2f} in the last",
         "PPO with BCE collapses": beside("PPO + BCE", other="PPO"),
-        "GRPO's groups degenerate": f"all right: from {share('group/all_right', 0)} of the groups to "
+        "GRPO's groups degenerate": f"All right: from {share('group/all_right', 0)} of the groups to "
                                     f"{share('group/all_right', -1)}; all wrong: from "
                                     f"{share('group/all_wrong', 0)} to {share('group/all_wrong', -1)}",
         "a tracker can replace the critic": beside("SPO")}
