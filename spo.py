@@ -145,7 +145,9 @@ class SPO(Baseline):
 
     def update(self, batch):
         self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
-        return {**self.calibration(self.values, batch.rewards), "tracker/init_samples": self.init_samples,
+        started, self.init_samples = self.init_samples, 0  # only in the metrics of the first step
+        return {**self.calibration(self.values, batch.rewards),
+                **({"tracker/init_samples": started} if started else {}),
                 "tracker/distance": self.distance.mean(),
                 "tracker/rho": self.tracker.rho(self.distance).mean()}
 

@@ -58,7 +58,7 @@ report["mixed"] = [r.ids for r in mixed]
 report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
 
 if sys.argv[1] == "vllm":  # the other engine cannot pause
-    first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, pause_after=12, wait_for=[40, 41]))
+    first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, pause_after=12, wait_for=[40, 43]))
     rest = [i for i, r in first.items() if r.paused]
     limits = [len(first[i].ids) + 2 if i % 2 else 60 for i in rest]
     second = dict(engine.generate([prompts[i] for i in rest], temperature=0.8, max_tokens=limits,

@@ -31,7 +31,7 @@ from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, sa
 from data import load_problems, load_tokenizer, render
 from engines import Response, VLLMEngine
 from rollout import Batch
-from sharded import init_distributed
+from sharded import init_distributed, transformers
 from tools import bench
 from tools.plan import shape_of
 
@@ -209,7 +209,8 @@ def offload(dry):
 
     def structure(auto, *_):
         with torch.device(device):
-            return auto.from_config(shape, attn_implementation="causal", dtype=torch.bfloat16)
+            return getattr(transformers(), auto).from_config(
+                shape, attn_implementation="causal", dtype=torch.bfloat16)
     with patch.object(policies, "load", structure):
         ours = policies.Policy(None, device, temperature=0.6, lr=1e-6, offload=True)
     gc.collect()

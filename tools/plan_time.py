@@ -268,7 +268,8 @@ def measure(run, size, device, prompts):
     products = products_rate(policy.module.lm, int(tokens.sum()), device, getattr(torch, run.dtype))
     numbers = torch.ones(2**27, device=device)  # 512 MiB: more than caches hold
     bandwidth = 2**29 / seconds(numbers.sum, 5)
-    engine = make_engine(run, run.model, load_tokenizer(run.model), device, len(prompts[0]) + 64)
+    engine = make_engine(run, run.model, load_tokenizer(run.model), device, len(prompts[0]) + 64,
+                         len(prompts))
     engine.stop = []
     step = seconds(lambda: list(engine.generate([prompts[0]], temperature=1.0, max_tokens=64)), 2) / 64
     rates = SimpleNamespace(products=products, training=training, bandwidth=bandwidth, link=math.inf,
