@@ -103,8 +103,9 @@ class CommandLine:
         """Raises InputError for a value that no run can use. Scripts add their own checks."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.metadata["positive"] and not value > 0:
-                raise InputError(f"--{field.name.replace('_', '-')} {value}: must be greater than 0")
+            name, positive = field.name.replace("_", "-"), field.metadata["positive"]
+            if positive and not value > 0 or isinstance(value, int) and value < 0:
+                raise InputError(f"--{name} {value}: must be {'greater than 0' if positive else '0 or more'}")
 
 
 @contextlib.contextmanager

@@ -187,8 +187,6 @@ class SPOConfig(TrainConfig):
         super().check()
         if self.critic_model:
             raise InputError("--critic-model: spo has no critic; leave it out")
-        if self.init_samples < 0:
-            raise InputError(f"--init-samples {self.init_samples}: must be 0 or more")
 
 
 if __name__ == "__main__":

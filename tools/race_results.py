@@ -50,15 +50,15 @@ def contests(runs):
     return found
 
 
-def speed(runs, reference="GRPO", clock="seconds", target=None):
+def speed(runs, clock="seconds", target=None):
     """{algorithm: a ratio per seed}: its cost to the target, divided by SPPO's.
 
-    target: an accuracy, or None for NEAR times the reference's best smoothed accuracy on that seed. A ratio
+    target: an accuracy, or None for NEAR times GRPO's best smoothed accuracy on that seed. A ratio
     is infinite if the algorithm never gets there, 0 if SPPO does not, nan if neither does or all begin there.
     """
     ratios = {}
     for contest in contests(runs).values():
-        goal = target or NEAR * max(smooth(contest[reference]["accuracy"]))
+        goal = target or NEAR * max(smooth(contest["GRPO"]["accuracy"]))
         sppo = cost_to(contest["SPPO"], goal, clock)
         for name, run in contest.items():
             cost = cost_to(run, goal, clock)
