@@ -11,16 +11,12 @@ Below them are the beginning of a run (`begin`: resume, open the log) and its en
 """
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import runpy
 import shutil
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -30,9 +26,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from cli import Diverged, InputError, Log, is_main, say
+from cli import InputError, Log, is_main, say
 
-FORMAT = "sppo checkpoint 1"
+FORMAT = "sppo checkpoint 2"
 MAX_FILE_BYTES = 8 << 30  # of all ranks together
 
 
@@ -233,15 +229,14 @@ def lock(output):
     """Keeps other runs from writing into this output folder for as long as this process
     lives. Rank 0 calls it."""
     Path(output).mkdir(parents=True, exist_ok=True)
-    if fcntl:
-        held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError("another run is writing into it; wait for it, or give another --output") from None
-        except OSError as error:  # some network file systems have no locks
-            say(f"warning: {output} cannot be locked ({error}): let no other run write into it")
-        return held
+    held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError("another run is writing into it; wait for it, or give another --output") from None
+    except OSError as error:  # some network file systems have no locks
+        say(f"warning: {output} cannot be locked ({error}): let no other run write into it")
+    return held
 
 
 def begin(run, baseline):
@@ -259,22 +254,6 @@ def begin(run, baseline):
         f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
         f"{len(run.problems):,} problems of {c.dataset}, {len(run.held_out)} more held out")
     return step, logs[0]
-
-
-@contextlib.contextmanager
-def kept_if_diverged(run):
-    """Ends the run after ten updates in a row that were not finite, and writes the last one's
-    batch for inspection."""
-    try:
-        yield
-    except Diverged as error:
-        path, batch = Path(run.config.output) / "diverged.jsonl", run.batch
-        rows = zip(batch.problems, batch.prompts, batch.responses, batch.rewards.tolist(), strict=True)
-        lines = [json.dumps({"problem": problem.id, "prompt_ids": prompt, "reward": reward,
-                             **dataclasses.asdict(response)}) for problem, prompt, response, reward in rows]
-        first_problem(lambda: is_main() and path.write_text("\n".join(lines) + "\n"))
-        raise InputError(f"step {run.step}: {error}; its batch is in {path}. Continue from an earlier "
-                         "checkpoint with --resume and a lower --lr or --critic-lr") from None
 
 
 def finish(run, log, lost):

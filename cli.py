@@ -26,10 +26,6 @@ class InputError(Exception):
     """Something that the user gave cannot be used. The message is one sentence that says what to do."""
 
 
-class Diverged(Exception):
-    """Ten updates in a row had an infinite or undefined loss or gradient: training has failed."""
-
-
 def is_main():
     """Whether this process is rank 0, which alone prints and writes the log."""
     return os.environ.get("RANK", "0") == "0"

@@ -19,7 +19,7 @@ Only for algorithms with one sample per prompt: those that compare the samples o
 them.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -76,29 +76,19 @@ class InFlight:
         return batch
 
     def state_dict(self):
-        """Flat tensors: token ids and log-probabilities of all, and a row of numbers for each."""
-        rows = [(s.problem.id, s.step, math.nan if s.expected is None else s.expected, len(s.response.ids),
-                 s.response.finished, math.nan if s.reward is None else s.reward) for s in self.started]
-        ids = [token for s in self.started for token in s.response.ids]
-        logprobs = [logprob for s in self.started for logprob in s.response.logprobs]
-        return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, 6),
-                "ids": torch.tensor(ids, dtype=torch.int32),
-                "logprobs": torch.tensor(logprobs, dtype=torch.float64)}
+        """Values that JSON can hold, for state.json. A problem is known by its row in the dataset."""
+        return {"started": [{**asdict(s), "problem": s.problem.id} for s in self.started]}
 
     def load_state_dict(self, state):
         """Restores what `state_dict` returned. Raises InputError if a response no longer fits the options."""
         limit, self.started = self.config.max_response_tokens, []
-        rows, lengths = state["rows"].tolist(), state["rows"][:, 3].int().tolist()
-        parts = state["ids"].split(lengths), state["logprobs"].split(lengths)
-        for row, ids, logprobs in zip(rows, *parts, strict=True):
-            number, step, expected, length, finished, reward = row
-            expected, reward = (None if math.isnan(x) else x for x in (expected, reward))
-            if number not in self.problems:
-                raise InputError(f"the checkpoint has a response in flight to problem {number:.0f}, which "
-                                 "the dataset lacks; continue with the dataset that the run started with")
-            if reward is None and length >= limit:
+        for saved in state["started"]:
+            problem, response = saved["problem"], Response(**saved["response"])
+            if problem not in self.problems:
+                raise InputError(f"the checkpoint has a response in flight to problem {problem}, which the "
+                                 "dataset lacks; continue with the dataset that the run started with")
+            if saved["reward"] is None and len(response.ids) >= limit:
                 raise InputError(f"--max-response-tokens {limit}: the checkpoint has a response in flight "
-                                 f"that has {length:.0f} tokens already; raise it to the earlier limit")
-            problem = self.problems[int(number)]
-            self.started.append(Started(problem, self.sampler.prompt(problem), int(step), expected,
-                                        Response(ids.tolist(), logprobs.tolist(), bool(finished)), reward))
+                                 f"that has {len(response.ids)} tokens already; raise it to what it was")
+            changed = {"problem": self.problems[problem], "response": response}
+            self.started.append(Started(**{**saved, **changed}))

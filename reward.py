@@ -2,7 +2,7 @@
 
 The last `\\boxed{}` after any `</think>` is the answer, and math-verify (sympy underneath) compares it with
 the gold one. A policy will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns, not
-even to math-verify's own alarm. So `Verifier` runs every comparison in a process that can be killed.
+even to math-verify's own alarm. So `Verifier` runs every comparison in a process that a timer ends.
 
 This file needs nothing of the others: copy it, or paste all of it into a script of yours.
 
@@ -10,9 +10,9 @@ This file needs nothing of the others: copy it, or paste all of it into a script
     verifier.score(["So it is \\boxed{1/2}.", "I give up."], ["0.5", "0.5"])      # [1.0, 0.0]
     verifier.close()
 """
+import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import queue
 import re
@@ -23,8 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # address space of a worker: an answer must not eat the machine
-HAS_TIMER = hasattr(signal, "setitimer")  # Windows cannot measure how long a process has computed
-PATIENCE = 10 if HAS_TIMER else 1  # wall-clock limit: this many times the limit of processor time
+PATIENCE = 10  # wall-clock limit: this many times the limit of processor time
 WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
 START = ("import importlib, sys; sys.path.insert(0, sys.argv[1]); "
          "importlib.import_module(sys.argv[2])._work(float(sys.argv[3]))")
@@ -170,19 +169,18 @@ class Verifier:
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _ask(self, candidate, answer):
-        worker = self._idle.get() or self._start()
-        try:
+        worker, verdict = self._idle.get() or self._start(), ""
+        with contextlib.suppress(OSError):  # it has died while it was idle
             worker.stdin.write(json.dumps([candidate, answer]) + "\n")
             worker.stdin.flush()
-            verdict = worker.stdout.readline().strip()
-        except OSError:
-            verdict = ""
-        if not verdict:  # the worker itself has died (killed from outside, out of memory)
+            verdict = worker.stdout.readline().strip()  # nothing, if it dies while it compares
+        if not verdict:
             worker.kill()
-            worker, verdict = self._start(), "crash"
+            too_long = worker.wait() in (-signal.SIGPROF, -signal.SIGALRM)  # ended by one of its timers
+            self.timeouts += too_long
+            self.crashes += not too_long  # killed from outside, out of memory
+            worker = None  # the next comparison starts another
         self._idle.put(worker)
-        self.timeouts += verdict == "timeout"
-        self.crashes += verdict == "crash"
         return float(verdict == "equal")
 
     def close(self):
@@ -193,69 +191,34 @@ class Verifier:
                 worker.wait()
 
 
-# ---- a worker: one process that keeps the time, one that compares ------------------------------------------
+# ---- a worker: a process that compares, and ends itself when a comparison takes too long -------------------
 
-def _compare_forever(pipe, parents_end, timeout):
-    # This process inherits its parent's pipes. While it kept them open, nobody would
-    # notice the parent's death.
-    parents_end.close()
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(0, 1)
-    if HAS_TIMER:
-        import resource
+def _work(timeout):
+    """Reads pairs of answers from stdin and writes a verdict for each to stdout.
+
+    `timeout` limits the time that a comparison computes. A limit on the clock's time would take rewards of
+    right answers on a busy machine. A comparison that waits for ever is ended after PATIENCE times as long.
+    """
+    import resource
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop; a worker ends with its pipe
+    logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no verdict
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
-    while True:
-        try:
-            candidate, gold = pipe.recv()
-        except EOFError:
-            return
-        if HAS_TIMER:
-            signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal ends this process
+    equal("\\frac{1}{2}", "0.5")  # imports everything, before a timer runs
+    for line in sys.stdin:
+        candidate, gold = json.loads(line)
+        # The signal of either timer ends this process. Python would handle signals only between two of its
+        # own instructions, but nothing here handles these: the system ends the process at once.
+        signal.setitimer(signal.ITIMER_PROF, timeout)
+        signal.setitimer(signal.ITIMER_REAL, timeout * PATIENCE)
         try:
             good = verifiable(gold) if candidate is None else equal(candidate, gold)
         except Exception:  # sympy raises many kinds on hostile text, as RecursionError: not a right answer
             good = False
-        if HAS_TIMER:
-            signal.setitimer(signal.ITIMER_PROF, 0)  # before the answer, or it could die after it
-        pipe.send("equal" if good else "different")
-
-
-def _work(timeout):
-    """Reads jobs from stdin, writes verdicts to stdout. A child compares. When it takes too long it is
-    killed, and a new one is forked.
-
-    The limit is on the time that the child computes, or right answers would earn nothing on a busy machine. A
-    child that waits for ever is killed after PATIENCE times the limit. Forking is safe here (no threads, no
-    CUDA) and takes milliseconds, where a new import of sympy takes 1 s.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop; a worker ends with its pipe
-    logging.disable(logging.WARNING)  # math-verify warns that we switched its own alarm off
-    equal("\\frac{1}{2}", "0.5")  # imports everything and builds the parser's tables before the first fork
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-    child = None
-    try:
-        for line in sys.stdin:
-            if child is None:
-                pipe, theirs = context.Pipe()
-                child = context.Process(target=_compare_forever, args=(theirs, pipe, timeout), daemon=True)
-                child.start()
-                theirs.close()  # so that a child's death is an end of file here
-            pipe.send(json.loads(line))
-            verdict = "timeout"
-            if pipe.poll(timeout * PATIENCE):
-                try:
-                    verdict = pipe.recv()
-                except EOFError:
-                    child.join()
-                    verdict = "timeout" if PATIENCE > 1 and child.exitcode == -signal.SIGPROF else "crash"
-            if verdict in ("timeout", "crash"):
-                child.kill()
-                child.join()
-                child = None
-            print(verdict, flush=True)
-    except BrokenPipeError:
-        pass  # the trainer was killed; or our child was, and the trainer starts another worker
-    finally:
-        if child:
-            child.kill()  # or Python would wait for it for ever: it ignores SIGTERM, as this process does
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)  # before the verdict, or it could die after it
+        with contextlib.suppress(BrokenPipeError):  # the trainer was killed; then stdin ends too
+            print("equal" if good else "different", file=verdicts, flush=True)

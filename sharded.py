@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from cli import Diverged, InputError, progress
+from cli import InputError, progress
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one sentence what is wrong
 
@@ -347,7 +347,7 @@ class ShardedModel:
         """One AdamW step with the gradients since the last one. Returns the metrics, summed over ranks.
 
         An update that is not finite is skipped: nothing of it reaches the weights or the optimiser. After ten
-        in a row this raises Diverged.
+        in a row, training has failed: this raises InputError.
         """
         values = torch.stack(list(self.totals.values())).cpu()
         dist.all_reduce(values)
@@ -363,7 +363,8 @@ class ShardedModel:
         self.optimizer.zero_grad()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
         if self.skipped_in_a_row == 10:
-            raise Diverged(f"ten updates in a row were not finite (loss {metrics['loss']}, norm {norm})")
+            raise InputError(f"ten updates in a row were not finite (loss {metrics['loss']}, norm {norm}); "
+                             "continue from a checkpoint with --resume and a lower --lr or --critic-lr")
         return {**metrics, "grad_norm": norm, "skipped": float(skip)}
 
     # ---- without gradient ----

@@ -174,7 +174,6 @@ def training_loop(run, baseline, log, last_step):
         else:
             problems = baseline.next_problems((step - 1) * c.prompts_per_step, c.prompts_per_step)
             batch = run.sampler.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy)
-        run.step, run.batch = step, batch  # written to a file if training diverges
         engine.sleep()
 
         # 2. pi_old, for the ratio. With a single mini-batch it is the policy itself: nothing to compute.
@@ -278,8 +277,7 @@ def train(config, make_baseline):
     run.policy = Policy(c.model, run.device, temperature=c.temperature, **c.training_options())
     baseline = make_baseline(run)
     last_step, log = checkpoint.begin(run, baseline)  # with --resume, from the newest checkpoint
-    with checkpoint.kept_if_diverged(run):
-        lost = training_loop(run, baseline, log, last_step)
+    lost = training_loop(run, baseline, log, last_step)
     checkpoint.finish(run, log, lost)
 
 

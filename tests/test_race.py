@@ -41,7 +41,7 @@ def test_cost_is_compared_at_grpos_best_of_the_same_seed_and_batch(monkeypatch):
     other = [{**run, "prompts": 256, "accuracy": [0.5, 0.5, 0.5, 0.5]} for run in runs]
     assert len(speed(runs + other)["GRPO"]) == 4  # another batch is another contest
     assert ratio_text([12.0, 3.0, math.inf]) == "12.0 [3.0, never]"
-    assert ratio_text([2.0, 0.0, math.nan]) == "1.0 [SPPO never, 2.0]" and ratio_text([math.nan]) == "–"
+    assert ratio_text([2.0, 0.0, math.nan]) == "2.0; SPPO never on 1 of 3 seeds" and ratio_text([math.nan]) == "–"
 
 
 def test_protocols_are_one_rate_for_all_and_the_best_of_the_grid():
@@ -92,6 +92,8 @@ def test_a_quick_race_continues_where_it_stopped(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--minibatch", "12"], "--minibatch 12: must divide"),
     (["--seeds", "0"], "--seeds 0: must be greater than 0"),
+    (["--algorithms", "SPPO", "SPO"], "with SPPO and GRPO among them"),
+    (["--algorithms", "SPPO", "GRPO", "GRP"], "must be names that --help lists"),
     (["--redraw", "--results", "nowhere"], "nowhere/race.json: there are no results to draw")])
 def test_bad_input_is_one_clear_sentence(options, message, tmp_path, capsys):
     error = complaint(main, [*options, "--output", tmp_path], capsys)

@@ -54,7 +54,7 @@ def bare(axes, rewards, title, pad):
 
 
 def draw_praise(plt, groups):
-    """One number a response, for two groups of responses; and PPO's number a token, for the first."""
+    """One number for each response, for two groups of them; and PPO's for each token, for the first."""
     figure, (mixed, tokens, equal) = plt.subplots(3, 1, figsize=(WIDTH, 5.8))
     names = [name for name in groups["mixed"]["advantages"] if name != "PPO"]
     most = {name: max(np.abs(row).max() for group in ("mixed", "equal")
@@ -62,7 +62,7 @@ def draw_praise(plt, groups):
     for axes, name in ((mixed, "mixed"), (equal, "equal")):
         group = groups[name]
         question = group["problem"].partition(". Please")[0].replace("-", MINUS)
-        about = "a number a response" if name == "mixed" else "all agree"
+        about = "one number for each" if name == "mixed" else "all agree"
         bare(axes, group["rewards"], f"{question} (it is {group['answer']}): {about}", 15)
         axes.set(xlim=(0, len(names)))
         for x, algorithm in enumerate(names):
@@ -72,7 +72,7 @@ def draw_praise(plt, groups):
             cells(plt, axes, y, np.ones(len(names)), [a / most[n] for a, n in zip(row, names, strict=True)],
                   [signed(advantage) if abs(advantage) > 5e-3 else "" for advantage in row])
     group = groups["mixed"]
-    bare(tokens, group["rewards"], "PPO, the same responses: a number a token", 14)
+    bare(tokens, group["rewards"], "PPO, the same responses: one number for each token", 14)
     words = [[NAMES.get(word, word) for word in row] for row in group["tokens"]]
     end = max(sum(len(word) + 0.35 for word in row) for row in words)
     for y, (row, advantages) in enumerate(zip(words, group["advantages"]["PPO"], strict=True)):
@@ -106,7 +106,7 @@ def draw_critic(plt, measured):
         places = np.digitize(value, edges[1:-1])
         alike = [places == k for k in range(10) if (places == k).any()]
         above.plot([value[those].mean() for those in alike], [share[those].mean() for those in alike], "s-",
-                   color=PRAISE, markeredgecolor=INK, markersize=5, label="mean of those with like V")
+                   color=PRAISE, markeredgecolor=INK, markersize=5, label="mean of prompts with similar V")
         above.set(xlim=(-0.05, 1.05), ylim=(-0.08, 1.08), aspect="equal", title=f"after step {at['step']}")
         below.hist(value, edges, color="#888888", edgecolor="white")
         below.set(xlabel="V(prompt)", xticks=(0, 0.5, 1))
@@ -220,11 +220,13 @@ def draw_clipping(plt, ratios):
 
 BOXES = {  # who: what, and where
     "prompts": ("of this step", 0, 0), "engine": ("writes a response\nto each", 1.5, 0),
-    "verifier": ("reads the box:\nR = 1 or 0", 3, 0),
-    "critic": (f"predicts V(prompt);\nA = R {MINUS} V", 3, -1.15),
-    "policy": ("clipped steps\nwith A", 1.5, -1.15)}
-ARROWS = (("prompts", "engine", ""), ("engine", "verifier", "text"), ("verifier", "critic", "R"),
-          ("critic", "policy", "A"), ("policy", "engine", "new weights"))
+    "verifier": ("reads the answer:\nR = 1 or 0", 3, 0),
+    "critic": ("reads the prompt:\nV, from 0 to 1", 0, -1.15),
+    "policy": (f"A = R {MINUS} V,\nclipped steps", 1.5, -1.15)}
+ARROWS = (  # what goes from where to where
+    ("", (0.52, 0), (0.98, 0)), ("text", (2.02, 0), (2.48, 0)), ("prompt", (0, -0.35), (0, -0.8)),
+    ("responses", (1.3, -0.35), (1.3, -0.8)), ("new weights", (1.7, -0.8), (1.7, -0.35)),
+    ("V", (0.52, -1.15), (0.98, -1.15)), ("R", (2.9, -0.35), (2.02, -1.05)))
 PARTS = (  # of docs/one-step.md
     "1 sample,\nverify", "2 old log-\nprobs", "3 advan-\ntage", "4 policy\nlearns", "5 critic\nlearns",
     "6 new\nweights")
@@ -241,18 +243,14 @@ def draw_step(plt):
                                      facecolor="#f0f0f0" if who == "prompts" else "white"))
         flow.text(x, y + 0.17, who, ha="center", va="center", weight="bold", fontsize=9)
         flow.text(x, y - 0.11, what, ha="center", va="center")
-    for one, other, what in ARROWS:
-        (_, x, y), (_, to_x, to_y) = BOXES[one], BOXES[other]
-        # From the centre of a box to its edge.
-        aside, down = 0.52 * np.sign(to_x - x), 0.35 * np.sign(to_y - y)
-        flow.annotate("", (to_x - aside, to_y - down), (x + aside, y + down), arrowprops=dict(
+    for what, (x, y), (to_x, to_y) in ARROWS:
+        flow.annotate("", (to_x, to_y), (x, y), arrowprops=dict(
             arrowstyle="-|>", color=INK, linewidth=1.2, shrinkA=0, shrinkB=0))
-        middle = (x + to_x) / 2, (y + to_y) / 2
-        if down:
-            flow.text(middle[0] + 0.06, middle[1], what, va="center")
-        else:
-            flow.text(middle[0], middle[1] + 0.06, what, ha="center")
-    flow.text(0, -1.15, "The critic reads\nthe prompt, not\nthe response.", ha="center", va="center")
+        left = what == "responses"  # beside an arrow that goes up or down, above one that does not
+        aside = (-0.06 if left else 0.08, 0) if y != to_y else (0, 0.1)
+        flow.text((x + to_x) / 2 + aside[0], (y + to_y) / 2 + aside[1], what, va="center",
+                  ha="center" if y == to_y else "right" if left else "left")
+    flow.text(3, -1.15, "R also trains\nthe critic.", ha="center", va="center")
     flow.set(xlim=(-0.55, 3.55), ylim=(-1.55, 0.4))
     flow.axis("off")
     looks = {"works": dict(facecolor=INK), "asleep": dict(facecolor="white", edgecolor=QUIET, hatch="////")}

@@ -7,7 +7,8 @@
     python -m tools.race --part quick       one seed of SPPO and GRPO at the papers' batch
     python -m tools.race --redraw           figures and tables from the committed results, without training
     python -m tools.race --model M --dataset D -- --max-response-tokens 8192 ...
-                                            any model; what follows -- is given to every run
+                                            any model (--algorithms: some only); what follows -- is given to
+                                            every run
 
 Every run is a command that a user could give, in a process of its own. After a kill, the same command
 continues with the runs that had not finished. All runs have the same loop, engine, optimiser, problems and
@@ -53,6 +54,7 @@ class RaceConfig(CommandLine):
     dataset: str = option("chain:1280", "as sppo.py's")
     output: str = option("runs/race", "folder of the runs")
     results: str | None = option(None, "folder for race.json, figures and tables [--output]")
+    algorithms: tuple[str, ...] = option((), f"of {', '.join(ALGORITHMS)}; SPPO and GRPO must be there [all]")
     seeds: int = option(3, "runs of each algorithm", positive=True)
     lr: str = option("1e-6", "the one learning rate for all")
     lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates of the grid")
@@ -78,6 +80,9 @@ class RaceConfig(CommandLine):
             raise InputError(
                 f"--minibatch {self.minibatch}: must divide --prompts-per-step {self.prompts_per_step} and "
                 f"be a multiple of {GROUP}, so that groups of {GROUP} can make as many samples")
+        if self.algorithms and not {"SPPO", "GRPO"} <= {*self.algorithms} <= ALGORITHMS.keys():
+            raise InputError(f"--algorithms {' '.join(self.algorithms)}: must be names that --help lists, "
+                             "with SPPO and GRPO among them")
         for size in self.batches:
             if size < 2 or size % 2:
                 raise InputError(f"--batches {size}: a mini-batch is half of it; give even numbers")
@@ -85,7 +90,7 @@ class RaceConfig(CommandLine):
 
 def runs_of(c, results):
     """The runs of a part: (algorithm, learning rate, seed, prompts a step) of each, in their order."""
-    names = [name for name in ALGORITHMS if c.small_critic or name != "SPPO, small critic"]
+    names = [name for name in c.algorithms or ALGORITHMS if c.small_critic or name != "SPPO, small critic"]
     if c.part == "quick":
         return [(name, c.lr, 0, c.prompts_per_step) for name in ("GRPO", "SPPO")]
     if c.part == "grid":
@@ -170,8 +175,8 @@ def main(arguments=None):
     c, extra = RaceConfig.parse(__doc__, arguments[:cut]), arguments[cut + 1 :]
     with clear_errors():
         c.check()
-        if c.part == "quick":  # three quarters of a run's steps are enough to see who is ahead
-            c = replace(c, steps=max(1, c.steps * 3 // 4), group_steps=max(1, c.group_steps * 3 // 4))
+        if c.part == "quick":  # half of a run's steps are enough to see who is ahead
+            c = replace(c, steps=max(1, c.steps // 2), group_steps=max(1, c.group_steps // 2))
         folder = Path(c.results or c.output)
         file = folder / "race.json"
         if c.redraw and not file.exists():

@@ -86,10 +86,13 @@ def draw_batches(plt, runs, batches):
     for clock, target, marker, line in (("responses", 0.7, "o", "-"), ("responses", None, "^", "-."),
                                         ("seconds", None, "s", "--")):
         lows, middles, highs = [], [], []
-        for size in sizes:  # a seed on which SPPO never gets there counts as 0
+        for size in sizes:
             some = [run for run in batches if run["prompts"] == size]
-            ratios = [r for r in speed(some, clock=clock, target=target)["GRPO"] if r < math.inf]
-            ratios = ratios or [math.nan]
+            every = speed(some, clock=clock, target=target)["GRPO"]
+            ratios = [r for r in every if 0 < r < math.inf] or [math.nan]
+            if every.count(0.0) and clock == "responses" and not target:  # there is no ratio on these seeds
+                right.text(size, 0.1, f"SPPO never\non {every.count(0.0)} of {len(every)}", fontsize=7,
+                           ha="center")
             lows.append(min(ratios))
             middles.append(statistics.median(ratios))
             highs.append(max(ratios))

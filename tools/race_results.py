@@ -101,15 +101,18 @@ def student_interval(values):
 # ---- tables ------------------------------------------------------------------------------------------------
 
 def ratio_text(ratios):
-    """Median [lowest, highest] of the seeds that can be compared."""
-    ratios = [r for r in ratios if not math.isnan(r)]
+    """Median [lowest, highest] of the seeds that can be compared. Where SPPO never got there, there is no
+    ratio, and the text says on how many seeds."""
+    failed, count = ratios.count(0.0), len(ratios)
+    ratios = [r for r in ratios if r > 0]
+    note = f"SPPO never on {failed} of {count} seeds" if failed else ""
     if not ratios:
-        return "–"
+        return note or "–"
 
     def text(r):
-        return "never" if r == math.inf else f"{r:.1f}" if r else "SPPO never"
+        return "never" if r == math.inf else f"{r:.1f}"
     span = f" [{text(min(ratios))}, {text(max(ratios))}]" if len(ratios) > 1 else ""
-    return text(statistics.median(ratios)) + span
+    return text(statistics.median(ratios)) + span + (note and f"; {note}")
 
 
 def table(runs):
@@ -224,9 +227,10 @@ def claims(results):
     sizes, papers = sorted({run["prompts"] for run in results["batches"]["runs"]}), runs[0]["prompts"]
     early, late = tenth("PPO", 1), tenth("PPO", 10)
     return {
-        "SPPO is faster than GRPO": f"GRPO's best costs GRPO {ratios('responses', papers)} times SPPO's "
-                                    f"responses and {ratios('seconds', papers)} times its seconds, at "
-                                    f"{papers} prompts a step",
+        "SPPO is faster than GRPO": f"To {NEAR:.0%} of GRPO's best, GRPO needs "
+                                    f"{ratios('responses', papers)} times SPPO's responses and "
+                                    f"{ratios('seconds', papers)} times its seconds, at {papers} prompts a "
+                                    "step",
         "the batch decides": "Responses to accuracy 0.7, GRPO / SPPO: " + ", ".join(
             f"{ratios('responses', size, 0.7)} at {size}" for size in sizes) + " prompts a step",
         "SPPO ends as high as GRPO and PPO": beside("GRPO", "RLOO", "PPO"),
@@ -237,7 +241,7 @@ def claims(results):
         "GRPO's groups degenerate": f"All right: from {share('group/all_right', 0)} of the groups to "
                                     f"{share('group/all_right', -1)}; all wrong: from "
                                     f"{share('group/all_wrong', 0)} to {share('group/all_wrong', -1)}",
-        "a tracker can replace the critic": beside("SPO")}
+        "a tracker can replace the critic": beside("SPO", other="GRPO")}
 
 
 def quick_answer(runs):
