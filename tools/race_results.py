@@ -221,16 +221,16 @@ def claims(results):
     def tenth(name, k):
         return mean_of(v for run in of(runs, name) for v in run["metrics"][f"critic/auc_tenth_{k}"])
 
-    def ratios(clock, size, target=None):
-        some = [run for run in results["batches"]["runs"] if run["prompts"] == size]
+    def ratios(clock, size=None, target=None):
+        """At the papers' batch from the race, or at `size` prompts a step."""
+        some = [run for run in results["batches"]["runs"] if run["prompts"] == size] if size else runs
         return ratio_text(speed(some, clock=clock, target=target)["GRPO"])
-    sizes, papers = sorted({run["prompts"] for run in results["batches"]["runs"]}), runs[0]["prompts"]
+    sizes = sorted({run["prompts"] for run in results["batches"]["runs"]})
     early, late = tenth("PPO", 1), tenth("PPO", 10)
     return {
-        "SPPO is faster than GRPO": f"To {NEAR:.0%} of GRPO's best, GRPO needs "
-                                    f"{ratios('responses', papers)} times SPPO's responses and "
-                                    f"{ratios('seconds', papers)} times its seconds, at {papers} prompts a "
-                                    "step",
+        "SPPO is faster than GRPO": f"To {NEAR:.0%} of GRPO's best, GRPO needs {ratios('responses')} times "
+                                    f"SPPO's responses and {ratios('seconds')} times its seconds, at "
+                                    f"{runs[0]['prompts']} prompts a step",
         "the batch decides": "Responses to accuracy 0.7, GRPO / SPPO: " + ", ".join(
             f"{ratios('responses', size, 0.7)} at {size}" for size in sizes) + " prompts a step",
         "SPPO ends as high as GRPO and PPO": beside("GRPO", "RLOO", "PPO"),
