@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from cli import InputError, Log, is_main, say
+from cli import InputError, Log, from_rank_0, is_main, say
 
 FORMAT = "sppo checkpoint 2"
 MAX_FILE_BYTES = 8 << 30  # of all ranks together
@@ -161,11 +161,7 @@ def resume(run, baseline):
     c = run.config
     if not c.resume:
         return 0
-    chosen = [None]
-    if is_main():  # chosen once, so that all ranks take the same
-        chosen = [next((path for path in reversed(existing(c.output)) if _is_complete(path)), None)]
-    dist.broadcast_object_list(chosen)
-    path = chosen[0]
+    path = from_rank_0(lambda: next((p for p in reversed(existing(c.output)) if _is_complete(p)), None))
     if path is None and existing(c.output):
         raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start "
                          "anew, or give another --output")

@@ -31,6 +31,13 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
+def from_rank_0(compute):
+    """What `compute()` returns on rank 0, on every rank: for what ranks could see differently."""
+    found = [compute() if is_main() else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 def say(text=""):
     """Prints once, whatever the number of ranks, above the progress bar if there is one."""
     with contextlib.suppress(OSError):  # a closed terminal or a full disk is no reason to end a training run

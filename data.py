@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch.distributed as dist
-
-from cli import BUILTIN_MODEL, InputError, is_main, say
+from cli import BUILTIN_MODEL, InputError, from_rank_0, say
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
@@ -175,11 +173,8 @@ def drop_unverifiable(problems, held_out, verifier, dataset):
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
     on the same problems.
     """
-    both, chosen = problems + held_out, [None]
-    if is_main():
-        chosen = [[both[i].id for i in verifier.unverifiable([p.answer for p in both])]]
-    dist.broadcast_object_list(chosen)
-    bad = set(chosen[0])
+    both = problems + held_out
+    bad = from_rank_0(lambda: {both[i].id for i in verifier.unverifiable([p.answer for p in both])})
     if bad:
         first = min((p for p in both if p.id in bad), key=lambda p: p.id)
         about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
