@@ -236,20 +236,14 @@ class Log:
         if not is_main():
             return
         folder = Path(config.output)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
         kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
+        self.file.truncate(sum(map(len, kept)))  # one call: a kill leaves the longer file or the shorter one
         earlier = [json.loads(line) for line in kept]
         if earlier and "eval_accuracy" in earlier[0]:
             self.first = earlier[0]
         self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
-        for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"),
-                           ("metrics.jsonl", "".join(kept))):
-            # Written under another name, then renamed: a kill at any time leaves the old file or the new one.
-            with (folder / f"{name}.partial").open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            (folder / f"{name}.partial").replace(folder / name)
-        self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
         self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)
 
     def add(self, *metrics):
@@ -351,13 +345,14 @@ def skill(bce, reward, earlier, window=8):
 
 
 def earlier_lines(path, last):
-    """The lines of a metrics.jsonl up to step `last`, each once."""
-    lines = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # the last line was cut when the run was killed
-            if (step := json.loads(line)["step"]) <= last:
-                lines.setdefault(step, line)
-    return [lines[step] for step in sorted(lines)]
+    """The lines (bytes) of a metrics.jsonl up to step `last`."""
+    lines = []
+    with contextlib.suppress(ValueError):  # a line that was cut when the run was killed: it is a later one
+        for line in path.read_bytes().splitlines(keepends=True):
+            if json.loads(line)["step"] > last:
+                break
+            lines.append(line)
+    return lines
 
 
 def show_samples(title, batch, tokenizer, count=3):
