@@ -44,12 +44,9 @@ class Batch:
 
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
     """Yields (number of the prompt, Response, text, future of its reward) as responses end: the first are
-    verified while others are still being written. A response that was cut off has no answer, whatever its
-    text says; one that was paused has no reward yet. sampling: as an engine's `generate`."""
+    verified while others are still being written. A response that was cut off or paused has no answer,
+    whatever its text says. sampling: as an engine's `generate`."""
     for i, response in engine.generate(prompts, **sampling):
-        if response.paused:
-            yield i, response, None, None
-            continue
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
 
@@ -111,8 +108,8 @@ class Sampler:
                     seeds=seeds, pause_after=pause_after, wait_for=wait_for):
                 done[local[n]] = response, reward
         with self.clock("reward"):  # the wait for the last verdicts, and for slower ranks
-            # A paused response has no Future, and so no reward.
-            done = {j: (response, reward and reward.result()) for j, (response, reward) in done.items()}
+            done = {j: (response, None if response.paused else reward.result())
+                    for j, (response, reward) in done.items()}
             parts = [None] * world
             dist.all_gather_object(parts, (done, self.verifier.timeouts, self.verifier.crashes))
         parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
