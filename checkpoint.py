@@ -249,25 +249,18 @@ def begin(run, baseline):
     return step, logs[0]
 
 
-def finish(run, log, lost):
-    """Saves the model for transformers and vLLM, says what happened, and ends the processes.
-
-    lost: the run was asked to stop, and its checkpoint could not be saved.
-    """
+def finish(run, log):
+    """Saves the model for transformers and vLLM, says what happened, and ends the processes."""
     c, folder = run.config, f"{run.config.output}/model"
-    error = f"{c.output}: stopped after step {log.step}, with no room for its checkpoint" if lost else None
     if log.step == c.steps:
         problem = (first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
                    or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder)))
         if problem:
             advice = ("make room, and run the same command with --resume" if existing(c.output)
                       else "there is no checkpoint: this training is lost")
-            error = f"{folder}: the trained model could not be saved ({problem}); {advice}"
-    if not error:
-        log.finish(run.tokenizer, run.clock.total)
+            raise InputError(f"{folder}: the trained model could not be saved ({problem}); {advice}")
+    log.finish(run.tokenizer, run.clock.total)
     run.verifier.close()
     run.engine.close()  # before the process group, which vLLM may end itself
     if dist.is_initialized():
         dist.destroy_process_group()
-    if error:
-        raise InputError(error)

@@ -155,15 +155,12 @@ class SPPO(Baseline):
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def training_loop(run, baseline, log, last_step):
-    """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run` together.
-
-    Returns whether training was stopped early and could not be saved.
-    """
+    """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run`
+    together."""
     c, policy, engine, clock, stop = run.config, run.policy, run.engine, run.clock, Stop()
     engine.sync(policy.weights())  # wakes the engine. From here on it sleeps only while the models train
     if not last_step:
         evaluate_policy(run, log, 0)
-    stopping = saved = False
     for step in range(last_step + 1, c.steps + 1):
         clock.start_step()
         run.sampler.random.seed(f"{c.seed}/{step}")  # a resumed run samples what it would have sampled
@@ -210,9 +207,10 @@ def training_loop(run, baseline, log, last_step):
         stopping = stop.on_any_rank() and step < c.steps
         if stopping or c.save_every and step % c.save_every == 0:
             saved = checkpoint.save(run, baseline, log, step)
+        if stopping and not saved:
+            raise InputError(f"{c.output}: stopped after step {step}, with no room for its checkpoint")
         if stopping:
             break
-    return stopping and not saved
 
 
 def policy_step(policy, batch, rows, advantages, config):
@@ -277,8 +275,8 @@ def train(config, make_baseline):
     run.policy = Policy(c.model, run.device, temperature=c.temperature, **c.training_options())
     baseline = make_baseline(run)
     last_step, log = checkpoint.begin(run, baseline)  # with --resume, from the newest checkpoint
-    lost = training_loop(run, baseline, log, last_step)
-    checkpoint.finish(run, log, lost)
+    training_loop(run, baseline, log, last_step)
+    checkpoint.finish(run, log)
 
 
 # ---- the options -------------------------------------------------------------------------------------------
