@@ -21,7 +21,6 @@ import functools
 import math
 import os
 import shutil
-import socket
 from datetime import timedelta
 
 import torch
@@ -39,19 +38,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one 
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
-def free_port():
-    """A TCP port of this machine that nobody uses, as text."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def init_distributed() -> torch.device:
     """Joins torchrun's process group, or makes a group of one process without torchrun. Returns
     this rank's device."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=free_port())
+    if "RANK" not in os.environ:  # port 0: one that nobody uses
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         # Memory that can grow in place leaves no gaps too small to use. It must be asked for before CUDA
         # starts. (vLLM 0.32 turns it off for what its sleep mode manages, and knows this name only.)
@@ -257,7 +248,8 @@ def mesh_of_ranks(kind, replicas):
 
 
 class ShardedModel:
-    """A module sharded over all ranks, with AdamW. Subclasses define `forward`.
+    """A module sharded over all ranks, with AdamW. Subclasses define `forward(items)`: a tuple of tensors
+    [b, up to T], with gradient, for a list of items, which may be empty.
 
     Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between`
     they are in host memory, except inside `with model.on_device():`.
@@ -320,10 +312,8 @@ class ShardedModel:
             yield
             return
         self._move(self.device, optimizer)
-        try:
-            yield
-        finally:
-            self._move("cpu", optimizer)
+        yield
+        self._move("cpu", optimizer)
 
     # ---- one optimiser step ----
 
@@ -368,10 +358,6 @@ class ShardedModel:
         return {**metrics, "grad_norm": norm, "skipped": float(skip)}
 
     # ---- without gradient ----
-
-    def forward(self, items):
-        """A tuple of tensors [b, up to T], with gradient, for a list of items, which may be empty."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def infer(self, items, lengths, width):
