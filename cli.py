@@ -48,14 +48,15 @@ def say(text=""):
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def option(default, help, *, group=None, positive=False):
+def option(default, help, *, group=None, positive=False, most=math.inf):
     """A field of a config dataclass that is also a command-line option.
 
     default, help: its default, and its line in --help.
     group: the heading in --help under which this option and those after it stand.
-    positive: the value must be greater than 0; `CommandLine.check` refuses others.
+    positive: a number must be greater than 0; without it, 0 or more. most: it may be this much at most.
+    `CommandLine.check` refuses others.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, positive=positive))
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=(positive, most)))
 
 
 class CommandLine:
@@ -103,12 +104,13 @@ class CommandLine:
         return dict(help=help, choices=kinds, **several)
 
     def check(self):
-        """Raises InputError for a value that no run can use. Scripts add their own checks."""
+        """Raises InputError for a number that no run can use. Scripts add their own checks."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            name, positive = field.name.replace("_", "-"), field.metadata["positive"]
-            if positive and not value > 0 or isinstance(value, int) and value < 0:
-                raise InputError(f"--{name} {value}: must be {'greater than 0' if positive else '0 or more'}")
+            value, (positive, most) = getattr(self, field.name), field.metadata["limits"]
+            if isinstance(value, int | float) and not (0 <= value <= most and (value or not positive)):
+                allowed = "greater than 0" if positive else "0 or more"
+                allowed += "" if most == math.inf else f" and at most {most}"
+                raise InputError(f"--{field.name.replace('_', '-')} {value}: must be {allowed}")
 
 
 @contextlib.contextmanager

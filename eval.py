@@ -183,13 +183,13 @@ class EvalConfig(CommandLine):
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
-    top_p: float = option(TOP_P, "sample from the likeliest tokens of this total probability", positive=True)
+    top_p: float = option(TOP_P, "sample likeliest tokens of this total probability", positive=True, most=1)
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     seed: int = option(0, "of sampling")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
-    vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory")
+    vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory", most=1)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
     reward_workers: int = option(2, "verifier processes on each rank", positive=True)
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
@@ -201,9 +201,6 @@ class EvalConfig(CommandLine):
 
     def check(self):
         super().check()
-        if self.temperature < 0 or self.top_p > 1:
-            raise InputError(f"--temperature {self.temperature} --top-p {self.top_p}: give at least 0 and at "
-                             "most 1")
         if self.output and not self.output.endswith(".jsonl"):
             raise InputError(f"--output {self.output}: is a file; give it a name that ends with .jsonl")
         if self.temperature == 0 and self.samples > 1:

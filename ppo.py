@@ -143,8 +143,8 @@ class PPOConfig(TrainConfig):
     output: str | None = option(None, "folder for metrics and the trained model [runs/ppo or runs/ppo-bce]")
     value_loss: Literal["mse", "bce"] = option("mse", "squared error or cross-entropy", group="algorithm")
     value_clip: float = option(0.5, "with mse: values are clipped to this distance from those when sampled")
-    gamma: float = option(1.0, "discount per token")
-    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
+    gamma: float = option(1.0, "discount per token", most=1)
+    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference", most=1)
 
     BUILTIN: ClassVar[dict] = TrainConfig.BUILTIN
 
@@ -156,9 +156,6 @@ class PPOConfig(TrainConfig):
         if self.oversample:
             raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, "
                              "so it expects nothing when they start; leave it out")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
         if self.critic_model:
             tokens = self.max_prompt_tokens + self.max_response_tokens
             check_model(self.critic_model, tokens, self.trust_remote_code)

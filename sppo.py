@@ -312,7 +312,7 @@ class TrainConfig(CommandLine):
     temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
-    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples")
+    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples", most=1)
     oversample: float = option(0.0, "extra prompts in flight, as a share: train on the first to finish")
     max_staleness: int = option(8, "with --oversample: wait for responses this many steps old", positive=True)
     reward_workers: int = option(2, "verifier processes on each rank", positive=True)
@@ -350,8 +350,8 @@ class TrainConfig(CommandLine):
         if self.offload and self.offload_between:
             raise InputError("--offload and --offload-between exclude each other; choose one")
         # One response may come from several policies, of which only the engine knew the log-probabilities.
-        if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
-            raise InputError(f"--oversample {self.oversample}: give 0 or more, with --old-logprobs rollout")
+        if self.oversample and self.old_logprobs != "rollout":
+            raise InputError(f"--oversample {self.oversample}: also give --old-logprobs rollout")
         if not (self.resume or self.explain) and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of a run; give --resume or another --output")
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code
