@@ -9,7 +9,6 @@ Prompts whose outcome is uncertain come more often, and advantages are normalise
 """
 import random
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -111,10 +110,6 @@ class SPO(Baseline):
             batch = run.sampler.sample(problems, n)
             self.tracker.start([p.id for p in problems], batch.rewards.view(-1, n).double().numpy())
 
-    def remember(self, problems, sequences, logprobs):
-        for problem, (_, ids), values in zip(problems, sequences, logprobs, strict=True):
-            self.last[problem.id] = (np.asarray(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
-
     def moved(self, batch):
         """D [B]: how far the policy is from the one that last answered each prompt, on that
         answer; 0 for the first."""
@@ -137,7 +132,8 @@ class SPO(Baseline):
             # The trainer's, not the engine's: their difference is not the policy's movement.
             logprobs = self.run.policy.logprobs(batch.sequences)
         self.distance = self.moved(batch)
-        self.remember(batch.problems, batch.sequences, logprobs)
+        for problem, (_, ids), values in zip(batch.problems, batch.sequences, logprobs, strict=True):
+            self.last[problem.id] = (np.asarray(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
         self.values = batch.expected  # v from before the update: it must not have seen these rewards
         if self.values is None:
             self.values = torch.tensor(self.expect(batch.problems), dtype=torch.float32)
@@ -181,7 +177,7 @@ class SPOConfig(TrainConfig):
     init_samples: int = option(8, "responses per problem before step 1; 0: start from 1/2", group="algorithm")
 
     # A prompt must come back: with 1,024 training problems each is drawn five times.
-    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "dataset": "chain:1280"}
+    BUILTIN = TrainConfig.BUILTIN | {"dataset": "chain:1280"}
 
     def check(self):
         super().check()
