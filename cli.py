@@ -65,7 +65,7 @@ class CommandLine:
     `BUILTIN` has the defaults that differ where the built-in model is used.
     """
 
-    BUILTIN: typing.ClassVar[dict] = {}
+    BUILTIN = {}
 
     @classmethod
     def parse(cls, description, arguments=None):

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -196,7 +196,7 @@ class EvalConfig(CommandLine):
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
     # The built-in model makes mistakes only at the temperature that it is trained at.
-    BUILTIN: ClassVar[dict] = dict(
+    BUILTIN = dict(
         benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=64, dtype="float32")
 
     def check(self):

@@ -15,7 +15,7 @@ cannot see it. `critic/auc_tenth_1` to `_10` show how well V(s_t) tells right re
 by tenths of their length.
 """
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -145,8 +145,6 @@ class PPOConfig(TrainConfig):
     value_clip: float = option(0.5, "with mse: values are clipped to this distance from those when sampled")
     gamma: float = option(1.0, "discount per token", most=1)
     lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference", most=1)
-
-    BUILTIN: ClassVar[dict] = TrainConfig.BUILTIN
 
     def __post_init__(self):
         self.output = self.output or {"mse": "runs/ppo", "bce": "runs/ppo-bce"}[self.value_loss]

@@ -20,7 +20,7 @@ spo.py) import the loop from here and define their own baseline.
 """
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -337,7 +337,7 @@ class TrainConfig(CommandLine):
     explain: bool = option(False, "train one step, and tell all that happens to two of its prompts")
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
-    BUILTIN: ClassVar[dict] = dict(
+    BUILTIN = dict(
         steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,
         clip_high=0.28, temperature=1.0, max_prompt_tokens=64, max_response_tokens=112, save_every=0,
         eval_every=5, dtype="float32", checkpoint_activations=False)
