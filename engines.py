@@ -70,10 +70,9 @@ class VLLMEngine:
         on_gpu = device.type == "cuda"
         # In this process, so that it takes new weights as tensors, without copies between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if "VLLM_LOGGING_LEVEL" not in os.environ:
-            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-            logging.getLogger("vllm").setLevel(logging.ERROR)  # what it prints before it reads the variable
-            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        # Its logger has the same level, for what it prints before it reads the variable.
+        logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR").upper())
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # It warns that there is no Triton, which a CPU does not need.
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
