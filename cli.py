@@ -161,7 +161,8 @@ class Stop:
 # ---- time --------------------------------------------------------------------------------------------------
 
 class Clock:
-    """Seconds of training, by phase. What happens between steps (evaluation, saving) is not counted."""
+    """Seconds of training: `total`, and in `phases` those of a step, by metric. What happens between steps
+    (evaluation, saving) is not counted."""
 
     def __init__(self, device):
         self.device, self.total, self.phases = device, 0.0, {}
@@ -175,11 +176,8 @@ class Clock:
         self.phases, self.started = {}, self.now()
 
     def end_step(self):
-        self.phases["step"] = self.now() - self.started
-        self.total += self.phases["step"]
-
-    def step_times(self):
-        return {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+        self.phases["time/step"] = self.now() - self.started
+        self.total += self.phases["time/step"]
 
     @contextlib.contextmanager
     def __call__(self, phase, rows=None):
@@ -187,7 +185,7 @@ class Clock:
         start = self.now()
         with progress.phase(phase, rows):
             yield
-        self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - start
+        self.phases[f"time/{phase}"] = self.phases.get(f"time/{phase}", 0.0) + self.now() - start
 
 
 class Progress:
@@ -243,8 +241,7 @@ class Log:
         kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
         self.file.truncate(sum(map(len, kept)))  # one call: a kill leaves the longer file or the shorter one
         earlier = [json.loads(line) for line in kept]
-        if earlier and "eval_accuracy" in earlier[0]:
-            self.first = earlier[0]
+        self.first = next((line for line in earlier if "eval_accuracy" in line), None)
         self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
         self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)
 

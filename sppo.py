@@ -200,7 +200,7 @@ def training_loop(run, baseline, log, last_step):
         clock.end_step()
 
         # 7. The end: the log, at times an evaluation, and a checkpoint to continue from.
-        log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.step_times())
+        log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.phases)
         if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
             evaluate_policy(run, log, step)
         log.write(step, clock.total)
