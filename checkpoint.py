@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from cli import InputError, Log, from_rank_0, is_main, say
@@ -63,7 +61,7 @@ def save(run, baseline, log, step):
     for name, tensor in sorted(tensors.items()):
         size += tensor.numel() * tensor.element_size()
         file_of[name] = 1 + (size - 1) // MAX_FILE_BYTES if size else 1
-    writer = HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
     problem = (first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
                or first_problem(lambda: is_main() and _empty(partial))
                or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
@@ -93,7 +91,7 @@ def first_problem(action):
         action()
     except (OSError, SafetensorError) as error:
         problem = str(error)
-    except CheckpointException as error:  # raised on all ranks, with the errors of each
+    except dcp.CheckpointException as error:  # raised on all ranks, with the errors of each
         first = next(iter(error.failures.values()))[0]
         if not isinstance(first, OSError):
             raise
@@ -178,7 +176,7 @@ def resume(run, baseline):
     if meta["step"] > c.steps:
         raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
     tensors = {name: t for name, t in state_of(run, baseline).items() if isinstance(t, torch.Tensor)}
-    reader = HuggingFaceStorageReader(str(path))
+    reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
     sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
