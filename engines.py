@@ -78,9 +78,8 @@ class VLLMEngine:
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 samples with it unless told not to
             os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        if not on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; both are read on a CPU only
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
         import vllm
         if on_gpu:
             # Memory for the logits of so many responses is set aside (0.32, on an H100: 1,024 if nothing is
