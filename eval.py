@@ -207,8 +207,10 @@ class EvalConfig(CommandLine):
             raise InputError("--temperature 0: greedy responses are all the same; give --samples 1")
 
 
+@clear_errors()
 def run_evaluation(c):
     """Samples what is not in the output file yet, verifies it, and prints the table."""
+    c.check()
     trained = Path(c.model) / "model"
     model = str(trained) if (trained / "config.json").is_file() else c.model
     tokenizer = load_tokenizer(model, c.trust_remote_code)
@@ -312,10 +314,7 @@ def report(c, records, verifier, path):
 
 
 def main(arguments=None):
-    config = EvalConfig.parse(__doc__, arguments)
-    with clear_errors():
-        config.check()
-        run_evaluation(config)
+    run_evaluation(EvalConfig.parse(__doc__, arguments))
 
 
 if __name__ == "__main__":
