@@ -183,7 +183,7 @@ class EvalConfig(CommandLine):
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
-    top_p: float = option(TOP_P, "sample likeliest tokens of this total probability", positive=True, most=1)
+    top_p: float = option(TOP_P, "only the likeliest tokens of this total probability", positive=True, most=1)
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     seed: int = option(0, "of sampling")
