@@ -92,7 +92,6 @@ class TokenCritic(ShardedModel):
         def loss(rows, minibatch):
             outputs, = self.forward([batch.sequences[row] for row in rows])  # [b, t]
             parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
-            outputs = outputs[: len(rows)]  # a rank without rows has a made-up one, without tokens
             num_tokens = batch.mask[list(minibatch)].sum()  # of the mini-batch, over all ranks
             return value_loss(outputs, *parts, num_tokens, self.kind, self.clip)
         return epoch(self, [len(p) + len(r) for p, r in batch.sequences], loss)

@@ -199,19 +199,19 @@ def micro_batches(lengths, budget):
 
 
 def pad(sequences, device):
-    """(prompt ids, response ids) pairs as tensors: ids [b, L], padded on the right; scored [mask.sum()]; mask
-    [b, T], T the longest response.
+    """b (prompt ids, response ids) pairs as tensors: ids [b, L], padded on the right; scored [mask.sum()];
+    mask [b, T], T the longest response. Without pairs, ids has one made-up row, which nothing is scored of.
 
     `scored` are the positions in ids.flatten() whose outputs predict the response's tokens, from the
     prompt's last token on. They are positions and not a mask, since selecting by a mask makes the
     host wait for the GPU.
     """
-    sequences = sequences or [([0, 0], [])]  # a rank without rows runs the model too, for its collectives
-    ids = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True)
-    lengths = torch.tensor([len(r) for _, r in sequences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    lengths = [len(r) for _, r in sequences]
+    mask = torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
+    rows = sequences or [([0, 0], [])]  # a rank without rows runs the model too, for its collectives
+    ids = pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True)
     width = ids.shape[1]
-    scored = torch.cat([torch.arange(len(r)) + i * width + len(p) - 1 for i, (p, r) in enumerate(sequences)])
+    scored = torch.cat([torch.arange(len(r)) + i * width + len(p) - 1 for i, (p, r) in enumerate(rows)])
     return ids.to(device), scored.to(device), mask.to(device)
 
 
@@ -249,7 +249,7 @@ def mesh_of_ranks(kind, replicas):
 
 class ShardedModel:
     """A module sharded over all ranks, with AdamW. Subclasses define `forward(items)`: a tuple of tensors
-    [b, up to T], with gradient, for a list of items, which may be empty.
+    [b, up to T], with gradient, for a list of b items, which may be empty.
 
     Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between`
     they are in host memory, except inside `with model.on_device():`.
@@ -369,8 +369,7 @@ class ShardedModel:
         with self.on_device(optimizer=False):
             for rows in self.micro_batches(lengths):
                 part = self.forward([items[row] for row in rows])[0]
-                if rows:
-                    result[rows, : part.shape[1]] = part.cpu().float()
+                result[rows, : part.shape[1]] = part.cpu().float()
         dist.all_reduce(result)  # each row was written by one rank and is 0 on the others
         return result
 
