@@ -31,16 +31,15 @@ class Response:
     paused: bool = False  # stopped before its end, to be continued later
 
 
-def make_engine(config, model, tokenizer, device, max_tokens, responses):
-    """The engine that the options of a script ask for. `--engine auto` is vLLM where it is installed.
+def make_engine(c, model, tokenizer, device, max_tokens, responses):
+    """The engine that the options `c` of a script ask for. `--engine auto` is vLLM where it is installed.
 
     max_tokens: of a prompt and its response together. responses: how many a step asks of all engines.
     """
-    c, installed = config, importlib.util.find_spec("vllm")
-    if c.engine == "vllm" and not installed:
+    vllm = c.engine != "transformers" and importlib.util.find_spec("vllm")
+    if c.engine == "vllm" and not vllm:
         raise InputError("--engine vllm needs `pip install vllm`")
-    use_vllm = c.engine == "vllm" or c.engine == "auto" and installed
-    return (VLLMEngine if use_vllm else TransformersEngine)(
+    return (VLLMEngine if vllm else TransformersEngine)(
         model, device, stop=stop_tokens(model, tokenizer), max_tokens=max_tokens, dtype=c.dtype, seed=c.seed,
         tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code,
         at_once=math.ceil(responses * c.tensor_parallel / dist.get_world_size()))
