@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from cli import InputError, Log, is_main, say
+from cli import InputError, Log, from_rank_0, is_main, say
 
 FORMAT = "sppo checkpoint 2"
 MAX_FILE_BYTES = 8 << 30  # of all ranks together
@@ -35,10 +33,12 @@ MAX_FILE_BYTES = 8 << 30  # of all ranks together
 # ---- saving ------------------------------------------------------------------------------------------------
 
 def state_of(run, baseline):
-    """Everything that the next step depends on. (Problems and seeds of a step are drawn from its number.)"""
-    return {"algorithm": type(baseline).__name__, "seconds": run.clock.total,
-            "options": dataclasses.asdict(run.config), "policy": run.policy.state_dict(),
-            "baseline": baseline.state_dict(), "in_flight": run.in_flight.state_dict()}
+    """Everything that the next step depends on, as {path: value}. (Problems and seeds of a step are drawn
+    from its number.)"""
+    return dict(_flatten({
+        "algorithm": type(baseline).__name__, "seconds": run.clock.total,
+        "options": dataclasses.asdict(run.config), "policy": run.policy.state_dict(),
+        "baseline": baseline.state_dict(), "in_flight": run.in_flight.state_dict()}))
 
 
 def existing(output):
@@ -53,13 +53,15 @@ def save(run, baseline, log, step):
     """
     folder = Path(run.config.output) / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
-    tensors, values = _flatten(state_of(run, baseline))
+    state = state_of(run, baseline)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    values = {name: value for name, value in state.items() if name not in tensors}
     # Files of at most some gigabytes, since a rank holds one at a time in host memory while it is written.
     file_of, size = {}, 0
     for name, tensor in sorted(tensors.items()):
         size += tensor.numel() * tensor.element_size()
         file_of[name] = 1 + (size - 1) // MAX_FILE_BYTES if size else 1
-    writer = HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
     problem = (first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
                or first_problem(lambda: is_main() and _empty(partial))
                or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
@@ -89,7 +91,7 @@ def first_problem(action):
         action()
     except (OSError, SafetensorError) as error:
         problem = str(error)
-    except CheckpointException as error:  # raised on all ranks, with the errors of each
+    except dcp.CheckpointException as error:  # raised on all ranks, with the errors of each
         first = next(iter(error.failures.values()))[0]
         if not isinstance(first, OSError):
             raise
@@ -100,16 +102,12 @@ def first_problem(action):
 
 
 def _flatten(state, prefix=""):
-    """({path: tensor}, {path: other value}) of nested dictionaries; paths are joined with a slash."""
-    tensors, values = {}, {}
+    """Yields (path, value) of nested dictionaries; paths are joined with a slash."""
     for name, value in state.items():
         if isinstance(value, dict):
-            inner = _flatten(value, f"{prefix}{name}/")
-            tensors |= inner[0]
-            values |= inner[1]
+            yield from _flatten(value, f"{prefix}{name}/")
         else:
-            (tensors if isinstance(value, torch.Tensor) else values)[f"{prefix}{name}"] = value
-    return tensors, values
+            yield f"{prefix}{name}", value
 
 
 def _unflatten(flat):
@@ -161,11 +159,7 @@ def resume(run, baseline):
     c = run.config
     if not c.resume:
         return 0
-    chosen = [None]
-    if is_main():  # chosen once, so that all ranks take the same
-        chosen = [next((path for path in reversed(existing(c.output)) if _is_complete(path)), None)]
-    dist.broadcast_object_list(chosen)
-    path = chosen[0]
+    path = from_rank_0(lambda: next((p for p in reversed(existing(c.output)) if _is_complete(p)), None))
     if path is None and existing(c.output):
         raise InputError(f"{c.output}: has no complete checkpoint; delete its folder checkpoints to start "
                          "anew, or give another --output")
@@ -181,8 +175,8 @@ def resume(run, baseline):
         raise InputError(f"{path}: is of a run of {theirs}, and this is {ours}; {other}")
     if meta["step"] > c.steps:
         raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
-    tensors, _ = _flatten(state_of(run, baseline))
-    reader = HuggingFaceStorageReader(str(path))
+    tensors = {name: t for name, t in state_of(run, baseline).items() if isinstance(t, torch.Tensor)}
+    reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
     sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
@@ -213,10 +207,7 @@ def _is_complete(path):
         for name, size in meta["files"].items():
             if (path / name).stat().st_size != size:
                 problem = f"{name} is not as long as it was written"
-            elif name.endswith(".safetensors"):
-                with safe_open(path / name, "pt"):  # reads its table of contents
-                    pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"it is no complete checkpoint ({type(error).__name__}: {error})"
     if problem:
         say(f"warning: {path} is passed over: {problem}")
@@ -256,25 +247,18 @@ def begin(run, baseline):
     return step, logs[0]
 
 
-def finish(run, log, lost):
-    """Saves the model for transformers and vLLM, says what happened, and ends the processes.
-
-    lost: the run was asked to stop, and its checkpoint could not be saved.
-    """
+def finish(run, log):
+    """Saves the model for transformers and vLLM, says what happened, and ends the processes."""
     c, folder = run.config, f"{run.config.output}/model"
-    error = f"{c.output}: stopped after step {log.step}, with no room for its checkpoint" if lost else None
     if log.step == c.steps:
         problem = (first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
                    or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder)))
         if problem:
             advice = ("make room, and run the same command with --resume" if existing(c.output)
                       else "there is no checkpoint: this training is lost")
-            error = f"{folder}: the trained model could not be saved ({problem}); {advice}"
-    if not error:
-        log.finish(run.tokenizer, run.clock.total)
+            raise InputError(f"{folder}: the trained model could not be saved ({problem}); {advice}")
+    log.finish(run.tokenizer, run.clock.total)
     run.verifier.close()
     run.engine.close()  # before the process group, which vLLM may end itself
     if dist.is_initialized():
         dist.destroy_process_group()
-    if error:
-        raise InputError(error)

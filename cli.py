@@ -31,6 +31,13 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
+def from_rank_0(compute):
+    """What `compute()` returns on rank 0, on every rank: for what ranks could see differently."""
+    found = [compute() if is_main() else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 def say(text=""):
     """Prints once, whatever the number of ranks, above the progress bar if there is one."""
     with contextlib.suppress(OSError):  # a closed terminal or a full disk is no reason to end a training run
@@ -41,14 +48,15 @@ def say(text=""):
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def option(default, help, *, group=None, positive=False):
+def option(default, help, *, group=None, positive=False, most=math.inf):
     """A field of a config dataclass that is also a command-line option.
 
     default, help: its default, and its line in --help.
     group: the heading in --help under which this option and those after it stand.
-    positive: the value must be greater than 0; `CommandLine.check` refuses others.
+    positive: a number must be greater than 0; without it, 0 or more. most: it may be this much at most.
+    `CommandLine.check` refuses others.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, positive=positive))
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=(positive, most)))
 
 
 class CommandLine:
@@ -57,7 +65,7 @@ class CommandLine:
     `BUILTIN` has the defaults that differ where the built-in model is used.
     """
 
-    BUILTIN: typing.ClassVar[dict] = {}
+    BUILTIN = {}
 
     @classmethod
     def parse(cls, description, arguments=None):
@@ -96,12 +104,13 @@ class CommandLine:
         return dict(help=help, choices=kinds, **several)
 
     def check(self):
-        """Raises InputError for a value that no run can use. Scripts add their own checks."""
+        """Raises InputError for a number that no run can use. Scripts add their own checks."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            name, positive = field.name.replace("_", "-"), field.metadata["positive"]
-            if positive and not value > 0 or isinstance(value, int) and value < 0:
-                raise InputError(f"--{name} {value}: must be {'greater than 0' if positive else '0 or more'}")
+            value, (positive, most) = getattr(self, field.name), field.metadata["limits"]
+            if isinstance(value, int | float) and not (0 <= value <= most and (value or not positive)):
+                allowed = "greater than 0" if positive else "0 or more"
+                allowed += "" if most == math.inf else f" and at most {most}"
+                raise InputError(f"--{field.name.replace('_', '-')} {value}: must be {allowed}")
 
 
 @contextlib.contextmanager
@@ -152,7 +161,8 @@ class Stop:
 # ---- time --------------------------------------------------------------------------------------------------
 
 class Clock:
-    """Seconds of training, by phase. What happens between steps (evaluation, saving) is not counted."""
+    """Seconds of training: `total`, and in `phases` those of a step, by metric. What happens between steps
+    (evaluation, saving) is not counted."""
 
     def __init__(self, device):
         self.device, self.total, self.phases = device, 0.0, {}
@@ -166,11 +176,8 @@ class Clock:
         self.phases, self.started = {}, self.now()
 
     def end_step(self):
-        self.phases["step"] = self.now() - self.started
-        self.total += self.phases["step"]
-
-    def step_times(self):
-        return {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+        self.phases["time/step"] = self.now() - self.started
+        self.total += self.phases["time/step"]
 
     @contextlib.contextmanager
     def __call__(self, phase, rows=None):
@@ -178,7 +185,7 @@ class Clock:
         start = self.now()
         with progress.phase(phase, rows):
             yield
-        self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - start
+        self.phases[f"time/{phase}"] = self.phases.get(f"time/{phase}", 0.0) + self.now() - start
 
 
 class Progress:
@@ -229,20 +236,13 @@ class Log:
         if not is_main():
             return
         folder = Path(config.output)
-        kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
-        earlier = [json.loads(line) for line in kept]
-        if earlier and "eval_accuracy" in earlier[0]:
-            self.first = earlier[0]
-        self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
-        for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"),
-                           ("metrics.jsonl", "".join(kept))):
-            # Written under another name, then renamed: a kill at any time leaves the old file or the new one.
-            with (folder / f"{name}.partial").open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            (folder / f"{name}.partial").replace(folder / name)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
+        kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
+        self.file.truncate(sum(map(len, kept)))  # one call: a kill leaves the longer file or the shorter one
+        earlier = [json.loads(line) for line in kept]
+        self.first = next((line for line in earlier if "eval_accuracy" in line), None)
+        self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
         self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)
 
     def add(self, *metrics):
@@ -344,13 +344,14 @@ def skill(bce, reward, earlier, window=8):
 
 
 def earlier_lines(path, last):
-    """The lines of a metrics.jsonl up to step `last`, each once."""
-    lines = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # the last line was cut when the run was killed
-            if (step := json.loads(line)["step"]) <= last:
-                lines.setdefault(step, line)
-    return [lines[step] for step in sorted(lines)]
+    """The lines (bytes) of a metrics.jsonl up to step `last`."""
+    lines = []
+    with contextlib.suppress(ValueError):  # a line that was cut when the run was killed: it is a later one
+        for line in path.read_bytes().splitlines(keepends=True):
+            if json.loads(line)["step"] > last:
+                break
+            lines.append(line)
+    return lines
 
 
 def show_samples(title, batch, tokenizer, count=3):

@@ -3,19 +3,14 @@
 `load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, or a dataset on the hub.
 Whatever the source, a problem is a list of chat messages and a gold answer.
 """
-import glob
-import hashlib
 import json
-import os
 import random
 import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch.distributed as dist
-
-from cli import BUILTIN_MODEL, InputError, is_main, say
+from cli import BUILTIN_MODEL, InputError, from_rank_0, say
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
@@ -63,16 +58,13 @@ def load_problems(spec):
         rows = file_rows(Path(spec))
     else:
         rows = hub_rows(spec)
-    problems, seen = [], set()
+    problems = {}  # by what they say: DAPO-17k on the hub repeats each problem a hundred times
     for i, row in enumerate(rows):
         problem = parse_row(row, i, spec)
-        key = hashlib.sha1(json.dumps([problem.messages, problem.answer]).encode()).digest()
-        if key not in seen:  # DAPO-17k on the hub repeats each problem a hundred times
-            seen.add(key)
-            problems.append(problem)
+        problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
-    return problems
+    return [*problems.values()]
 
 
 def file_rows(path):
@@ -95,13 +87,10 @@ def file_rows(path):
 
 def hub_rows(spec):
     name, _, split = spec.partition(":")
-    hub, _, name = name.partition("/")
-    name, _, config = name.partition("/")
+    parts = name.split("/", 2)  # HUB, NAME and, where it is given, CONFIG
     try:
         import datasets
-        return datasets.load_dataset(f"{hub}/{name}", config or None, split=split or "train")
-    except ImportError:
-        raise InputError(f"{spec}: reading hub datasets needs `pip install datasets`") from None
+        return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; each is about this name
         raise InputError(f"{spec}: is neither a .jsonl or .parquet file nor a dataset on the hub in reach "
                          f"({first_line(error)})") from None
@@ -175,11 +164,8 @@ def drop_unverifiable(problems, held_out, verifier, dataset):
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
     on the same problems.
     """
-    both, chosen = problems + held_out, [None]
-    if is_main():
-        chosen = [[both[i].id for i in verifier.unverifiable([p.answer for p in both])]]
-    dist.broadcast_object_list(chosen)
-    bad = set(chosen[0])
+    both = problems + held_out
+    bad = from_rank_0(lambda: {both[i].id for i in verifier.unverifiable([p.answer for p in both])})
     if bad:
         first = min((p for p in both if p.id in bad), key=lambda p: p.id)
         about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
@@ -233,7 +219,7 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
     except Exception as error:  # transformers and its validators raise many kinds; each is about this file
         raise InputError(f"{model}: is no folder with a usable config.json and no model on the hub within "
                          f"reach ({first_line(error)})") from None
-    if os.path.isdir(model) and not glob.glob(f"{glob.escape(model)}/*.safetensors"):
+    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
         raise InputError(f"{model}: has no .safetensors file, and other formats can run code when they are "
                          "read; convert it with transformers' save_pretrained")
     tokenizer = load_tokenizer(model, trust_remote_code)

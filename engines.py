@@ -31,16 +31,15 @@ class Response:
     paused: bool = False  # stopped before its end, to be continued later
 
 
-def make_engine(config, model, tokenizer, device, max_tokens, responses):
-    """The engine that the options of a script ask for. `--engine auto` is vLLM where it is installed.
+def make_engine(c, model, tokenizer, device, max_tokens, responses):
+    """The engine that the options `c` of a script ask for. `--engine auto` is vLLM where it is installed.
 
     max_tokens: of a prompt and its response together. responses: how many a step asks of all engines.
     """
-    c, installed = config, importlib.util.find_spec("vllm")
-    if c.engine == "vllm" and not installed:
+    vllm = c.engine != "transformers" and importlib.util.find_spec("vllm")
+    if c.engine == "vllm" and not vllm:
         raise InputError("--engine vllm needs `pip install vllm`")
-    use_vllm = c.engine == "vllm" or c.engine == "auto" and installed
-    return (VLLMEngine if use_vllm else TransformersEngine)(
+    return (VLLMEngine if vllm else TransformersEngine)(
         model, device, stop=stop_tokens(model, tokenizer), max_tokens=max_tokens, dtype=c.dtype, seed=c.seed,
         tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code,
         at_once=math.ceil(responses * c.tensor_parallel / dist.get_world_size()))
@@ -70,18 +69,16 @@ class VLLMEngine:
         on_gpu = device.type == "cuda"
         # In this process, so that it takes new weights as tensors, without copies between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if "VLLM_LOGGING_LEVEL" not in os.environ:
-            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-            logging.getLogger("vllm").setLevel(logging.ERROR)  # what it prints before it reads the variable
-            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        # Its logger has the same level, for what it prints before it reads the variable.
+        logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR").upper())
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # It warns that there is no Triton, which a CPU does not need.
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
         if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 samples with it unless told not to
             os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        if not on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; both are read on a CPU only
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
         import vllm
         if on_gpu:
             # Memory for the logits of so many responses is set aside (0.32, on an H100: 1,024 if nothing is

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def bootstrap_interval(values, resamples=2000):
 def per_problem(records, equal=equal):
     """Each metric of one benchmark as an array over its problems. `records`: every response, see `record`."""
     records = sorted(records, key=lambda r: (r["problem"], r["sample"]))
-    metrics = {}
+    rows = []
     for _, group in groupby(records, key=lambda r: r["problem"]):
         group = list(group)
         n, right = len(group), sum(r["reward"] > 0 for r in group)
@@ -82,13 +82,12 @@ def per_problem(records, equal=equal):
         def same(a, b, gold=gold, known=known):  # what was verified when it was sampled is not verified again
             return known[a] if b == gold and a in known else equal(a, b)
 
-        values = {f"avg@{n}": right / n, f"maj@{n}": majority_at_k([r["answer"] for r in group], gold, same)}
-        values |= {f"pass@{k}": pass_at_k(n, right, k) for k in range(1, n + 1)}
-        values["tokens"] = sum(r["tokens"] for r in group) / n
-        values["cut off"] = sum(not r["finished"] for r in group) / n
-        for name, value in values.items():
-            metrics.setdefault(name, []).append(value)
-    return {name: np.array(values) for name, values in metrics.items()}
+        rows.append({
+            f"avg@{n}": right / n, f"maj@{n}": majority_at_k([r["answer"] for r in group], gold, same),
+            **{f"pass@{k}": pass_at_k(n, right, k) for k in range(1, n + 1)},
+            "tokens": sum(r["tokens"] for r in group) / n,
+            "cut off": sum(not r["finished"] for r in group) / n})
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def benchmark_metrics(name, batch, tokenizer, verifier):
@@ -184,41 +183,41 @@ class EvalConfig(CommandLine):
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
-    top_p: float = option(TOP_P, "sample from the likeliest tokens of this total probability", positive=True)
+    top_p: float = option(TOP_P, "only the likeliest tokens of this total probability", positive=True, most=1)
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     seed: int = option(0, "of sampling")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
-    vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory")
+    vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory", most=1)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
     reward_workers: int = option(2, "verifier processes on each rank", positive=True)
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
     # The built-in model makes mistakes only at the temperature that it is trained at.
-    BUILTIN: ClassVar[dict] = dict(
+    BUILTIN = dict(
         benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=64, dtype="float32")
 
     def check(self):
         super().check()
-        if self.temperature < 0 or self.top_p > 1:
-            raise InputError(f"--temperature {self.temperature} --top-p {self.top_p}: give at least 0 and at "
-                             "most 1")
         if self.output and not self.output.endswith(".jsonl"):
             raise InputError(f"--output {self.output}: is a file; give it a name that ends with .jsonl")
         if self.temperature == 0 and self.samples > 1:
             raise InputError("--temperature 0: greedy responses are all the same; give --samples 1")
 
 
+@clear_errors()
 def run_evaluation(c):
     """Samples what is not in the output file yet, verifies it, and prints the table."""
+    c.check()
     trained = Path(c.model) / "model"
     model = str(trained) if (trained / "config.json").is_file() else c.model
     tokenizer = load_tokenizer(model, c.trust_remote_code)
     problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name)]
-    jobs = [(name, p, sample) for name, p in problems for sample in range(c.samples)]
     prompts = {(name, p.id): render(p.messages, tokenizer) for name, p in problems}
+    # The responses to sample, by the key under which RolloutFile knows them.
+    jobs = {(name, p.id, sample): p for name, p in problems for sample in range(c.samples)}
     max_tokens = max(map(len, prompts.values())) + c.max_response_tokens
     check_model(model, max_tokens, c.trust_remote_code, "--max-response-tokens")
 
@@ -229,12 +228,12 @@ def run_evaluation(c):
     for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
     records = RolloutFile(c.output or f"runs/eval/{Path(c.model).name}.jsonl", settings)
-    for name, p, sample in jobs:
-        old = records.done.get((name, p.id, sample))
+    for key, p in jobs.items():
+        old = records.done.get(key)
         if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):
-            raise InputError(f"{records.path}: its problem {p.id} of {name} has another text or answer now; "
-                             "give another --output")
-    todo = [job for job in jobs if (job[0], job[1].id, job[2]) not in records.done]
+            raise InputError(f"{records.path}: its problem {p.id} of {key[0]} has another text or answer "
+                             "now; give another --output")
+    todo = [job for job in jobs.items() if job[0] not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
     verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
@@ -243,8 +242,7 @@ def run_evaluation(c):
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()
     if is_main():
-        wanted = {(name, p.id, sample) for name, p, sample in jobs}
-        report(c, [r for key, r in results.items() if key in wanted], verifier, records.path)
+        report(c, [r for key, r in results.items() if key in jobs], verifier, records.path)
     verifier.close()
     if engine:
         engine.close()  # before the process group, which vLLM may end itself
@@ -253,19 +251,20 @@ def run_evaluation(c):
 
 
 def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
-    """This rank's part of `todo`; each response is written as soon as it is verified."""
+    """This rank's part of `todo`, a list of (key, Problem); each response is written as soon as it is
+    verified."""
     part = todo[dist.get_rank() // c.tensor_parallel :: dist.get_world_size() // c.tensor_parallel]
     writes = dist.get_rank() % c.tensor_parallel == 0  # ranks that share an engine hold the same responses
     # Each response has its own seed, so that it depends neither on what was sampled before nor
     # on the number of ranks.
-    names = [f"{c.seed}/{name}/{p.id}/{sample}" for name, p, sample in part]
+    names = [f"{c.seed}/{name}/{number}/{sample}" for (name, number, sample), _ in part]
     seeds = [int.from_bytes(hashlib.sha1(name.encode()).digest()[:5]) for name in names]
     waiting, rewards = deque(), [r["reward"] for r in file.done.values()]  # the bar shows the score of all
 
     def write_verified(wait=False):
         while waiting and (wait or waiting[0][3].done()):
             i, response, text, reward = waiting.popleft()
-            name, problem, sample = part[i]
+            (name, _, sample), problem = part[i]
             rewards.append(reward.result())
             if writes:
                 file.write(record(name, problem, sample, response, text, reward.result(), c.answer))
@@ -274,8 +273,8 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
     with progress.phase("evaluation", len(part), delay=0, leave=True, disable=not is_main(),
                         mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for sampled in sample_and_verify(
-                engine, verifier, tokenizer, [prompts[name, p.id] for name, p, _ in part],
-                [p.answer for _, p, _ in part], temperature=c.temperature, top_p=c.top_p,
+                engine, verifier, tokenizer, [prompts[key[:2]] for key, _ in part],
+                [problem.answer for _, problem in part], temperature=c.temperature, top_p=c.top_p,
                 max_tokens=c.max_response_tokens, seeds=seeds):
             waiting.append(sampled)
             write_verified()
@@ -284,8 +283,8 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
 
 def report(c, records, verifier, path):
     """Prints the table, and writes it with every pass@k to a .json file beside the responses."""
-    metrics = {name: per_problem([r for r in records if r["benchmark"] == name], verifier.equal)
-               for name in c.benchmarks}
+    parts = {name: [r for r in records if r["benchmark"] == name] for name in c.benchmarks}
+    metrics = {name: per_problem(part, verifier.equal) for name, part in parts.items()}
     table = {name: {key: (v.mean(), *bootstrap_interval(v)) for key, v in m.items()}
              for name, m in metrics.items()}
     if len(metrics) > 1:
@@ -302,13 +301,12 @@ def report(c, records, verifier, path):
         cells = "".join("{:>7.1f} [{:>4.1f}, {:>4.1f}]".format(*(100 * x for x in row[key])) for key in shown)
         cells += f"{row['tokens'][0]:>10,.0f}{100 * row['cut off'][0]:>8.1f} %"
         say(f"{label(name)[:20]:<20} {count:>8}{cells}")
-    for name in metrics:
-        mine = [r for r in records if r["benchmark"] == name]
-        broken = set(verifier.unverifiable([r["gold"] for r in mine]))
-        others = [r["reward"] for i, r in enumerate(mine) if i not in broken]
+    for name, part in parts.items():
+        broken = set(verifier.unverifiable([r["gold"] for r in part]))
+        others = [r["reward"] for i, r in enumerate(part) if i not in broken]
         if broken:
-            say(f"\n{label(name)}: {len(broken) // n} of {len(mine) // n} gold answers are broken, such as "
-                f"{mine[min(broken)]['gold'][:60]!r}: nobody can be right there. avg@{n} over the others: "
+            say(f"\n{label(name)}: {len(broken) // n} of {len(part) // n} gold answers are broken, such as "
+                f"{part[min(broken)]['gold'][:60]!r}: nobody can be right there. avg@{n} over the others: "
                 f"{100 * np.mean(others or [np.nan]):.1f}")
     summary = path.with_suffix(".json")
     summary.write_text(json.dumps(table, indent=1) + "\n")  # {benchmark: {metric: [mean, low, high]}}
@@ -316,10 +314,7 @@ def report(c, records, verifier, path):
 
 
 def main(arguments=None):
-    config = EvalConfig.parse(__doc__, arguments)
-    with clear_errors():
-        config.check()
-        run_evaluation(config)
+    run_evaluation(EvalConfig.parse(__doc__, arguments))
 
 
 if __name__ == "__main__":

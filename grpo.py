@@ -10,7 +10,7 @@ costs more samples instead. Where all samples of a prompt are right, or all wron
 the group has no gradient: `group/all_equal` is the share of such prompts, too easy or too hard.
 """
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from cli import InputError, option
 from sppo import Baseline, TrainConfig, train
@@ -92,7 +92,7 @@ class GRPOConfig(TrainConfig):
     normalize: bool = option(True, "divide by the standard deviation of the group (grpo)")
 
     # Fewer prompts than sppo.py, since each has a group of responses: the demo still takes only minutes.
-    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "steps": 20, "prompts_per_step": 64, "minibatch": 32}
+    BUILTIN = TrainConfig.BUILTIN | {"steps": 20, "prompts_per_step": 64, "minibatch": 32}
 
     def __post_init__(self):
         self.output = self.output or f"runs/{self.baseline}"

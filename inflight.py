@@ -90,5 +90,4 @@ class InFlight:
             if saved["reward"] is None and len(response.ids) >= limit:
                 raise InputError(f"--max-response-tokens {limit}: the checkpoint has a response in flight "
                                  f"that has {len(response.ids)} tokens already; raise it to what it was")
-            changed = {"problem": self.problems[problem], "response": response}
-            self.started.append(Started(**{**saved, **changed}))
+            self.started.append(Started(**saved | {"problem": self.problems[problem], "response": response}))

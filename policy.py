@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from cli import InputError
+from cli import InputError, from_rank_0
 from sharded import ShardedModel, load, pad, unflatten
 
 # What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
@@ -145,9 +145,8 @@ class Policy(ShardedModel):
                              "computed here; choose a model without (Qwen, Llama, Mistral)")
         if lm.generation_config is not None:
             lm.generation_config.do_sample = True  # or transformers refuses to save one with a temperature
-        saved = [lm.dtype]  # the checkpoint's, which rank 0 knows
-        dist.broadcast_object_list(saved)
-        self.save_dtype, self.temperature = saved[0], temperature
+        self.temperature = temperature
+        self.save_dtype = from_rank_0(lambda: lm.dtype)  # the checkpoint's: other ranks have not read it
         super().__init__(LogProbModel(lm, can_compile(device)), device, **options)
 
     def forward(self, sequences):

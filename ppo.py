@@ -15,15 +15,15 @@ cannot see it. `critic/auc_tenth_1` to `_10` show how well V(s_t) tells right re
 by tenths of their length.
 """
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from cli import InputError, option
-from critic import ValueModel, auc
+from critic import ValueModel, auc, epoch
 from data import check_model, load_tokenizer
-from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
+from sharded import ShardedModel, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -89,19 +89,12 @@ class TokenCritic(ShardedModel):
 
     def update(self, batch, old_values, returns):
         """One epoch over the batch in mini-batches. old_values, returns [B, T]. Returns metrics."""
-        steps, lengths = [], [len(p) + len(r) for p, r in batch.sequences]
-        with self.on_device():
-            for start in range(0, len(lengths), self.minibatch):
-                chunk = range(len(lengths))[start:][: self.minibatch]
-                num_tokens = batch.mask[chunk.start : chunk.stop].sum()  # of the mini-batch, over all ranks
-                for rows in self.micro_batches([lengths[i] for i in chunk]):
-                    rows = [chunk[row] for row in rows]
-                    outputs, = self.forward([batch.sequences[i] for i in rows])  # [b, t]
-                    parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
-                    outputs = outputs[: len(rows)]  # a rank without rows has a made-up one, without tokens
-                    self.backward(value_loss(outputs, *parts, num_tokens, self.kind, self.clip), {})
-                steps.append(self.step())
-        return mean_of(steps, "critic/")
+        def loss(rows, minibatch):
+            outputs, = self.forward([batch.sequences[row] for row in rows])  # [b, t]
+            parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
+            num_tokens = batch.mask[list(minibatch)].sum()  # of the mini-batch, over all ranks
+            return value_loss(outputs, *parts, num_tokens, self.kind, self.clip)
+        return epoch(self, [len(p) + len(r) for p, r in batch.sequences], loss)
 
 
 class PPO(Baseline):
@@ -143,10 +136,8 @@ class PPOConfig(TrainConfig):
     output: str | None = option(None, "folder for metrics and the trained model [runs/ppo or runs/ppo-bce]")
     value_loss: Literal["mse", "bce"] = option("mse", "squared error or cross-entropy", group="algorithm")
     value_clip: float = option(0.5, "with mse: values are clipped to this distance from those when sampled")
-    gamma: float = option(1.0, "discount per token")
-    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference")
-
-    BUILTIN: ClassVar[dict] = TrainConfig.BUILTIN
+    gamma: float = option(1.0, "discount per token", most=1)
+    lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference", most=1)
 
     def __post_init__(self):
         self.output = self.output or {"mse": "runs/ppo", "bce": "runs/ppo-bce"}[self.value_loss]
@@ -156,9 +147,6 @@ class PPOConfig(TrainConfig):
         if self.oversample:
             raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, "
                              "so it expects nothing when they start; leave it out")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
         if self.critic_model:
             tokens = self.max_prompt_tokens + self.max_response_tokens
             check_model(self.critic_model, tokens, self.trust_remote_code)

@@ -141,16 +141,12 @@ class Verifier:
     def submit(self, response, answer) -> Future:
         """Starts verifying, and returns at once: `.result()` of the Future is the
         reward, and waits for it."""
-        candidate, known = extract_answer(response, self.mode), None
+        candidate = extract_answer(response, self.mode)
         if not candidate or len(candidate) > MAX_ANSWER_CHARS:
-            known = 0.0
-        elif _is_integer(candidate) and _is_integer(answer):  # nothing that would take time or could do harm
-            known = float(int(candidate) == int(answer))
-        if known is None:
-            return self._threads.submit(self._ask, candidate, answer)
-        future = Future()
-        future.set_result(known)
-        return future
+            return self._threads.submit(float, 0)
+        if _is_integer(candidate) and _is_integer(answer):  # nothing that would take time or could do harm
+            return self._threads.submit(float, int(candidate) == int(answer))
+        return self._threads.submit(self._ask, candidate, answer)
 
     def score(self, responses, answers) -> list[float]:
         """The reward of each response, in order."""
@@ -164,8 +160,8 @@ class Verifier:
     def unverifiable(self, answers) -> list[int]:
         """Positions of the gold answers that cannot be parsed or compared, so that no response
         could earn a reward."""
-        doubtful = dict.fromkeys(a for a in answers if not _is_integer(a))  # plain numbers need no check
-        asked = {a: self._threads.submit(self._ask, None, a) for a in doubtful}
+        # Each is asked once, and plain numbers need no check.
+        asked = {a: self._threads.submit(self._ask, None, a) for a in set(answers) if not _is_integer(a)}
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _ask(self, candidate, answer):

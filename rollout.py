@@ -4,7 +4,6 @@
 as soon as it ends, and returns the same Batch on every rank. Training loop, evaluation and baselines use it.
 """
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +43,9 @@ class Batch:
 
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
     """Yields (number of the prompt, Response, text, future of its reward) as responses end: the first are
-    verified while others are still being written. A response that was cut off has no answer, whatever its
-    text says; one that was paused has no reward yet. sampling: as an engine's `generate`."""
+    verified while others are still being written. A response that was cut off or paused has no answer,
+    whatever its text says. sampling: as an engine's `generate`."""
     for i, response in engine.generate(prompts, **sampling):
-        if response.paused:
-            yield i, response, None, None
-            continue
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
 
@@ -111,8 +107,8 @@ class Sampler:
                     seeds=seeds, pause_after=pause_after, wait_for=wait_for):
                 done[local[n]] = response, reward
         with self.clock("reward"):  # the wait for the last verdicts, and for slower ranks
-            # A paused response has no Future, and so no reward.
-            done = {j: (response, reward and reward.result()) for j, (response, reward) in done.items()}
+            done = {j: (response, None if response.paused else reward.result())
+                    for j, (response, reward) in done.items()}
             parts = [None] * world
             dist.all_gather_object(parts, (done, self.verifier.timeouts, self.verifier.crashes))
         parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
@@ -138,21 +134,19 @@ class RolloutFile:
     def __init__(self, path, settings):
         """All ranks. Raises InputError if the file holds an evaluation with other settings."""
         self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("ab", buffering=0)
         if is_main():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.read_bytes().rpartition(b"\n")[0] if self.path.is_file() else b""
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            self.file.truncate(whole)  # a last line without an end was being written when it was stopped
             if not whole:
-                self.path.write_text(json.dumps(settings) + "\n")
-            else:  # a last line without an end was being written when the evaluation was stopped
-                os.truncate(self.path, len(whole) + 1)
+                self.write(settings)
         dist.barrier()
         before, self.done = read_rollouts(self.path)
         for name, value in settings.items():
-            old = (before or {}).get(name)
-            if old != value:
-                raise InputError(f"{path}: holds an evaluation with {name} {old!r}, and this one has "
-                                 f"{value!r}; give another --output, or delete that file")
-        self.file = self.path.open("ab", buffering=0)
+            if before.get(name) != value:
+                raise InputError(f"{path}: holds an evaluation with {name} {before.get(name)!r}, and this "
+                                 f"one has {value!r}; give another --output, or delete that file")
 
     def write(self, line):
         self.file.write(json.dumps(line).encode() + b"\n")
@@ -165,19 +159,15 @@ class RolloutFile:
 
 
 def read_rollouts(path):
-    """(settings or None, {(benchmark, problem, sample): line}) of a file that eval.py wrote."""
+    """(settings, {(benchmark, problem, sample): line}) of a file that eval.py wrote."""
+    settings, responses = {}, {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a file that eval.py wrote") from None
-    settings, responses = None, {}
-    for i, line in enumerate(text.split("\n")[:-1]):
-        try:
-            line = json.loads(line)
+        for line in map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1]):
             if "model" in line:
                 settings = line
             else:
                 responses[line["benchmark"], line["problem"], line["sample"]] = line
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {i + 1}: was not written by eval.py; give another file") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); give a file that "
+                         "eval.py wrote") from None
     return settings, responses

@@ -21,7 +21,6 @@ import functools
 import math
 import os
 import shutil
-import socket
 from datetime import timedelta
 
 import torch
@@ -39,19 +38,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one 
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
-def free_port():
-    """A TCP port of this machine that nobody uses, as text."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def init_distributed() -> torch.device:
     """Joins torchrun's process group, or makes a group of one process without torchrun. Returns
     this rank's device."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=free_port())
+    if "RANK" not in os.environ:  # port 0: one that nobody uses
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         # Memory that can grow in place leaves no gaps too small to use. It must be asked for before CUDA
         # starts. (vLLM 0.32 turns it off for what its sleep mode manages, and knows this name only.)
@@ -208,19 +199,19 @@ def micro_batches(lengths, budget):
 
 
 def pad(sequences, device):
-    """(prompt ids, response ids) pairs as tensors: ids [b, L], padded on the right; scored [mask.sum()]; mask
-    [b, T], T the longest response.
+    """b (prompt ids, response ids) pairs as tensors: ids [b, L], padded on the right; scored [mask.sum()];
+    mask [b, T], T the longest response. Without pairs, ids has one made-up row, which nothing is scored of.
 
     `scored` are the positions in ids.flatten() whose outputs predict the response's tokens, from the
     prompt's last token on. They are positions and not a mask, since selecting by a mask makes the
     host wait for the GPU.
     """
-    sequences = sequences or [([0, 0], [])]  # a rank without rows runs the model too, for its collectives
-    ids = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True)
-    lengths = torch.tensor([len(r) for _, r in sequences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    lengths = [len(r) for _, r in sequences]
+    mask = torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
+    rows = sequences or [([0, 0], [])]  # a rank without rows runs the model too, for its collectives
+    ids = pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True)
     width = ids.shape[1]
-    scored = torch.cat([torch.arange(len(r)) + i * width + len(p) - 1 for i, (p, r) in enumerate(sequences)])
+    scored = torch.cat([torch.arange(len(r)) + i * width + len(p) - 1 for i, (p, r) in enumerate(rows)])
     return ids.to(device), scored.to(device), mask.to(device)
 
 
@@ -257,7 +248,8 @@ def mesh_of_ranks(kind, replicas):
 
 
 class ShardedModel:
-    """A module sharded over all ranks, with AdamW. Subclasses define `forward`.
+    """A module sharded over all ranks, with AdamW. Subclasses define `forward(items)`: a tuple of tensors
+    [b, up to T], with gradient, for a list of b items, which may be empty.
 
     Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between`
     they are in host memory, except inside `with model.on_device():`.
@@ -320,10 +312,8 @@ class ShardedModel:
             yield
             return
         self._move(self.device, optimizer)
-        try:
-            yield
-        finally:
-            self._move("cpu", optimizer)
+        yield
+        self._move("cpu", optimizer)
 
     # ---- one optimiser step ----
 
@@ -369,10 +359,6 @@ class ShardedModel:
 
     # ---- without gradient ----
 
-    def forward(self, items):
-        """A tuple of tensors [b, up to T], with gradient, for a list of items, which may be empty."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def infer(self, items, lengths, width):
         """The first output of `forward` for all items, as [B, width] on the CPU, the same on every rank.
@@ -383,8 +369,7 @@ class ShardedModel:
         with self.on_device(optimizer=False):
             for rows in self.micro_batches(lengths):
                 part = self.forward([items[row] for row in rows])[0]
-                if rows:
-                    result[rows, : part.shape[1]] = part.cpu().float()
+                result[rows, : part.shape[1]] = part.cpu().float()
         dist.all_reduce(result)  # each row was written by one rank and is 0 on the others
         return result
 

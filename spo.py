@@ -9,7 +9,6 @@ Prompts whose outcome is uncertain come more often, and advantages are normalise
 """
 import random
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -111,10 +110,6 @@ class SPO(Baseline):
             batch = run.sampler.sample(problems, n)
             self.tracker.start([p.id for p in problems], batch.rewards.view(-1, n).double().numpy())
 
-    def remember(self, problems, sequences, logprobs):
-        for problem, (_, ids), values in zip(problems, sequences, logprobs, strict=True):
-            self.last[problem.id] = (np.asarray(ids, np.int32), values[: len(ids)].numpy().astype(np.float16))
-
     def moved(self, batch):
         """D [B]: how far the policy is from the one that last answered each prompt, on that
         answer; 0 for the first."""
@@ -124,7 +119,7 @@ class SPO(Baseline):
             then = [self.last[batch.problems[i].id] for i in known]
             now = self.run.policy.logprobs([(batch.prompts[i], ids.tolist())
                                             for i, (ids, _) in zip(known, then, strict=True)])
-            distance[known] = [np.abs(new[: len(ids)].numpy() - old).mean()
+            distance[known] = [np.abs(new[: len(ids)].numpy() - old.numpy()).mean()
                                for new, (ids, old) in zip(now, then, strict=True)]
         return distance
 
@@ -137,7 +132,8 @@ class SPO(Baseline):
             # The trainer's, not the engine's: their difference is not the policy's movement.
             logprobs = self.run.policy.logprobs(batch.sequences)
         self.distance = self.moved(batch)
-        self.remember(batch.problems, batch.sequences, logprobs)
+        for problem, (_, ids), values in zip(batch.problems, batch.sequences, logprobs, strict=True):
+            self.last[problem.id] = torch.tensor(ids, dtype=torch.int32), values[: len(ids)].half()
         self.values = batch.expected  # v from before the update: it must not have seen these rewards
         if self.values is None:
             self.values = torch.tensor(self.expect(batch.problems), dtype=torch.float32)
@@ -153,20 +149,18 @@ class SPO(Baseline):
 
     def state_dict(self):
         """The last responses as four flat tensors: whose, how long, token ids, log-probabilities."""
-        lengths = [len(ids) for ids, _ in self.last.values()]
-        # An empty array first, since there may be no responses yet.
-        ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in self.last.values())])
-        logprobs = np.concatenate([np.empty(0, np.float16), *(values for _, values in self.last.values())])
+        # Something empty stands first, since there may be no responses yet.
+        ids, logprobs = zip((torch.empty(0).int(), torch.empty(0).half()), *self.last.values(), strict=True)
         return {"tracker": self.tracker.state_dict(),
                 "last": {"problems": torch.tensor(list(self.last), dtype=torch.int64),
-                         "lengths": torch.tensor(lengths, dtype=torch.int64),
-                         "ids": torch.tensor(ids), "logprobs": torch.tensor(logprobs)}}
+                         "lengths": torch.tensor([len(part) for part in ids[1:]], dtype=torch.int64),
+                         "ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}}
 
     def load_state_dict(self, state):
         self.tracker.load_state_dict(state["tracker"])
         last, lengths = state["last"], state["last"]["lengths"].tolist()
-        ids, logprobs = ([part.numpy() for part in last[key].split(lengths)] for key in ("ids", "logprobs"))
-        self.last = dict(zip(last["problems"].tolist(), zip(ids, logprobs, strict=True), strict=True))
+        responses = zip(last["ids"].split(lengths), last["logprobs"].split(lengths), strict=True)
+        self.last = dict(zip(last["problems"].tolist(), responses, strict=True))
 
 
 # ---- the options -------------------------------------------------------------------------------------------
@@ -181,7 +175,7 @@ class SPOConfig(TrainConfig):
     init_samples: int = option(8, "responses per problem before step 1; 0: start from 1/2", group="algorithm")
 
     # A prompt must come back: with 1,024 training problems each is drawn five times.
-    BUILTIN: ClassVar[dict] = {**TrainConfig.BUILTIN, "dataset": "chain:1280"}
+    BUILTIN = TrainConfig.BUILTIN | {"dataset": "chain:1280"}
 
     def check(self):
         super().check()

@@ -20,7 +20,7 @@ spo.py) import the loop from here and define their own baseline.
 """
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -155,15 +155,12 @@ class SPPO(Baseline):
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def training_loop(run, baseline, log, last_step):
-    """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run` together.
-
-    Returns whether training was stopped early and could not be saved.
-    """
+    """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run`
+    together."""
     c, policy, engine, clock, stop = run.config, run.policy, run.engine, run.clock, Stop()
     engine.sync(policy.weights())  # wakes the engine. From here on it sleeps only while the models train
     if not last_step:
         evaluate_policy(run, log, 0)
-    stopping = saved = False
     for step in range(last_step + 1, c.steps + 1):
         clock.start_step()
         run.sampler.random.seed(f"{c.seed}/{step}")  # a resumed run samples what it would have sampled
@@ -203,16 +200,17 @@ def training_loop(run, baseline, log, last_step):
         clock.end_step()
 
         # 7. The end: the log, at times an evaluation, and a checkpoint to continue from.
-        log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.step_times())
+        log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.phases)
         if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
             evaluate_policy(run, log, step)
         log.write(step, clock.total)
         stopping = stop.on_any_rank() and step < c.steps
         if stopping or c.save_every and step % c.save_every == 0:
             saved = checkpoint.save(run, baseline, log, step)
+        if stopping and not saved:
+            raise InputError(f"{c.output}: stopped after step {step}, with no room for its checkpoint")
         if stopping:
             break
-    return stopping and not saved
 
 
 def policy_step(policy, batch, rows, advantages, config):
@@ -277,8 +275,8 @@ def train(config, make_baseline):
     run.policy = Policy(c.model, run.device, temperature=c.temperature, **c.training_options())
     baseline = make_baseline(run)
     last_step, log = checkpoint.begin(run, baseline)  # with --resume, from the newest checkpoint
-    lost = training_loop(run, baseline, log, last_step)
-    checkpoint.finish(run, log, lost)
+    training_loop(run, baseline, log, last_step)
+    checkpoint.finish(run, log)
 
 
 # ---- the options -------------------------------------------------------------------------------------------
@@ -314,7 +312,7 @@ class TrainConfig(CommandLine):
     temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
-    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples")
+    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples", most=1)
     oversample: float = option(0.0, "extra prompts in flight, as a share: train on the first to finish")
     max_staleness: int = option(8, "with --oversample: wait for responses this many steps old", positive=True)
     reward_workers: int = option(2, "verifier processes on each rank", positive=True)
@@ -339,7 +337,7 @@ class TrainConfig(CommandLine):
     explain: bool = option(False, "train one step, and tell all that happens to two of its prompts")
 
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
-    BUILTIN: ClassVar[dict] = dict(
+    BUILTIN = dict(
         steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,
         clip_high=0.28, temperature=1.0, max_prompt_tokens=64, max_response_tokens=112, save_every=0,
         eval_every=5, dtype="float32", checkpoint_activations=False)
@@ -352,8 +350,8 @@ class TrainConfig(CommandLine):
         if self.offload and self.offload_between:
             raise InputError("--offload and --offload-between exclude each other; choose one")
         # One response may come from several policies, of which only the engine knew the log-probabilities.
-        if self.oversample < 0 or self.oversample and self.old_logprobs != "rollout":
-            raise InputError(f"--oversample {self.oversample}: give 0 or more, with --old-logprobs rollout")
+        if self.oversample and self.old_logprobs != "rollout":
+            raise InputError(f"--oversample {self.oversample}: also give --old-logprobs rollout")
         if not (self.resume or self.explain) and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of a run; give --resume or another --output")
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code

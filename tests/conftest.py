@@ -4,6 +4,7 @@ import multiprocessing.connection
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,9 @@ def run(*arguments, ranks=0, timeout=600):
     forked from one that has imported everything: imports are most of a short run."""
     arguments, places = [str(argument) for argument in arguments], [{}]
     if ranks:
-        from sharded import free_port
-        port = free_port()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:

@@ -61,7 +61,7 @@ def test_help_explains_every_option(script):
     (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
     (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: the critic of PPO reads"),
-    (["ppo.py", "--lam", "1.5"], "--lam 1.5: must be between 0 and 1"),
+    (["ppo.py", "--lam", "1.5"], "--lam 1.5: must be 0 or more and at most 1"),
     (["ppo.py", "--critic-model", "OTHER"], "reads other tokens than")])
 def test_bad_input_is_one_clear_sentence(tmp_path, command, message, capsys):
     if "OTHER" in command:

@@ -164,7 +164,7 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--samples", "0"], "--samples 0: must be greater than 0"), (["--top-p", "1.5"], "--top-p 1.5: give at"),
+    (["--samples", "0"], "--samples 0: must be greater than 0"), (["--top-p", "1.5"], "--top-p 1.5: must be greater than 0 and at most 1"),
     (["--temperature", "0"], "greedy responses are all the same; give --samples 1"),
     (["--benchmarks", "nothing"], "nothing: no such benchmark"), (["--model", "no/such"], "no/such: its tokenizer cannot be"),
     (["--output", "a.json"], "give it a name that ends with .jsonl")])

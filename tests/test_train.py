@@ -152,7 +152,7 @@ def broken_model(folder, **changes):
     ("prompts", "every prompt is longer than --max-prompt-tokens"),
     ("gold", "row 2: the answer '\\\\frac{' cannot be parsed"),
     ("absent", "no such file"),
-    ("oversample", "--oversample 1.0: give 0 or more, with --old-logprobs rollout"),
+    ("oversample", "--oversample 1.0: also give --old-logprobs rollout"),
     ("temperature", "--temperature 0.0: must be greater than 0"),
     ("parallel", "--tensor-parallel 2 does not divide the 1 ranks"),
     ("steps", "argument --steps: invalid int value")])
