@@ -97,27 +97,17 @@ class PromptCritic(ShardedModel):
 
     def update(self, prompts, rewards):
         """One epoch of BCE(V(s), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
-        def loss(rows, minibatch):
-            logits = self.forward([prompts[row] for row in rows])[0][:, 0]  # [b]
-            target = rewards[rows].to(logits.device)
-            return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(minibatch)
-        return epoch(self, [len(p) for p in prompts], loss)
-
-
-def epoch(critic, lengths, loss):
-    """Trains a critic on each row of a batch once, in mini-batches with an optimiser step each. Returns
-    metrics.
-
-    lengths: tokens of each row. loss(rows, minibatch): the summed loss of a micro-batch's rows, divided by a
-    count over its whole mini-batch. Both are given as row numbers.
-    """
-    steps, rows = [], range(len(lengths))
-    with critic.on_device():
-        for minibatch in (rows[i : i + critic.minibatch] for i in rows[:: critic.minibatch]):
-            for micro in critic.micro_batches([lengths[row] for row in minibatch]):
-                critic.backward(loss([minibatch[i] for i in micro], minibatch), {})
-            steps.append(critic.step())
-    return mean_of(steps, "critic/")
+        steps = []
+        with self.on_device():
+            for start in range(0, len(prompts), self.minibatch):
+                chunk, targets = prompts[start:][: self.minibatch], rewards[start:][: self.minibatch]
+                for rows in self.micro_batches([len(p) for p in chunk]):
+                    logits = self.forward([chunk[row] for row in rows])[0][:, 0]
+                    target = targets[rows].to(logits.device)
+                    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+                    self.backward(loss / len(chunk), {})
+                steps.append(self.step())
+        return mean_of(steps, "critic/")
 
 
 # ---- does the critic know which prompts are solvable? ------------------------------------------------------

@@ -258,7 +258,7 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
     # Each response has its own seed, so that it depends neither on what was sampled before nor
     # on the number of ranks.
     names = [f"{c.seed}/{name}/{number}/{sample}" for (name, number, sample), _ in part]
-    seeds = [int.from_bytes(hashlib.sha1(name.encode()).digest()[:5]) for name in names]
+    seeds = [int.from_bytes(hashlib.sha1(name.encode()).digest()[:5], "big") for name in names]
     waiting, rewards = deque(), [r["reward"] for r in file.done.values()]  # the bar shows the score of all
 
     def write_verified(wait=False):

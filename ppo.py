@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from cli import InputError, option
-from critic import ValueModel, auc, epoch
+from critic import ValueModel, auc
 from data import check_model, load_tokenizer
-from sharded import ShardedModel, pad, rows_like, unflatten
+from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -89,12 +89,18 @@ class TokenCritic(ShardedModel):
 
     def update(self, batch, old_values, returns):
         """One epoch over the batch in mini-batches. old_values, returns [B, T]. Returns metrics."""
-        def loss(rows, minibatch):
-            outputs, = self.forward([batch.sequences[row] for row in rows])  # [b, t]
-            parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
-            num_tokens = batch.mask[list(minibatch)].sum()  # of the mini-batch, over all ranks
-            return value_loss(outputs, *parts, num_tokens, self.kind, self.clip)
-        return epoch(self, [len(p) + len(r) for p, r in batch.sequences], loss)
+        steps, lengths = [], [len(p) + len(r) for p, r in batch.sequences]
+        with self.on_device():
+            for start in range(0, len(lengths), self.minibatch):
+                chunk = range(len(lengths))[start:][: self.minibatch]
+                num_tokens = batch.mask[chunk.start : chunk.stop].sum()  # of the mini-batch, over all ranks
+                for rows in self.micro_batches([lengths[i] for i in chunk]):
+                    rows = [chunk[row] for row in rows]
+                    outputs, = self.forward([batch.sequences[i] for i in rows])  # [b, t]
+                    parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
+                    self.backward(value_loss(outputs, *parts, num_tokens, self.kind, self.clip), {})
+                steps.append(self.step())
+        return mean_of(steps, "critic/")
 
 
 class PPO(Baseline):

@@ -30,9 +30,9 @@ def averages(records):
 def read_both(first, second):
     """The records of the two files. Warns of what makes a comparison doubtful."""
     (settings_a, a), (settings_b, b) = read_rollouts(first), read_rollouts(second)
-    for name, value in (settings_a or {}).items():
-        if name not in ("model", "weights") and value != (settings_b or {}).get(name):
-            say(f"warning: {name} differs: {value} in A, {(settings_b or {}).get(name)} in B")
+    for name, value in settings_a.items():
+        if name not in ("model", "weights") and value != settings_b.get(name):
+            say(f"warning: {name} differs: {value} in A, {settings_b.get(name)} in B")
     for path, records in ((first, a), (second, b)):
         samples = Counter((benchmark, problem) for benchmark, problem, _ in records)
         if len(set(samples.values())) > 1:
