@@ -166,17 +166,17 @@ class Verifier:
 
     def _ask(self, candidate, answer):
         worker, verdict = self._idle.get() or self._start(), ""
-        with contextlib.suppress(OSError):  # it has died while it was idle
+        with contextlib.suppress(OSError):  # it has been killed while it was idle
             worker.stdin.write(json.dumps([candidate, answer]) + "\n")
             worker.stdin.flush()
-            verdict = worker.stdout.readline().strip()  # nothing, if it dies while it compares
-        if not verdict:
+            verdict = worker.stdout.readline().strip()
+        if not verdict:  # killed from outside
             worker.kill()
-            too_long = worker.wait() in (-signal.SIGPROF, -signal.SIGALRM)  # ended by one of its timers
-            self.timeouts += too_long
-            self.crashes += not too_long  # killed from outside, out of memory
-            worker = None  # the next comparison starts another
+            worker.wait()
+            worker, verdict = None, "crash"  # the next comparison starts another
         self._idle.put(worker)
+        self.timeouts += verdict == "timeout"
+        self.crashes += verdict == "crash"
         return float(verdict == "equal")
 
     def close(self):
@@ -187,7 +187,7 @@ class Verifier:
                 worker.wait()
 
 
-# ---- a worker: a process that compares, and ends itself when a comparison takes too long -------------------
+# ---- a worker: a process that forks a child for each comparison, which a timer ends ------------------------
 
 def _work(timeout):
     """Reads pairs of answers from stdin and writes a verdict for each to stdout.
@@ -203,18 +203,20 @@ def _work(timeout):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no verdict
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
-    equal("\\frac{1}{2}", "0.5")  # imports everything, before a timer runs
+    equal("\\frac{1}{2}", "0.5")  # imports everything: a fork takes milliseconds, a new import of sympy 1 s
+    named = {0: "equal", 1: "different", -signal.SIGPROF: "timeout", -signal.SIGALRM: "timeout"}
     for line in sys.stdin:
         candidate, gold = json.loads(line)
-        # The signal of either timer ends this process. Python would handle signals only between two of its
-        # own instructions, but nothing here handles these: the system ends the process at once.
-        signal.setitimer(signal.ITIMER_PROF, timeout)
-        signal.setitimer(signal.ITIMER_REAL, timeout * PATIENCE)
-        try:
-            good = verifiable(gold) if candidate is None else equal(candidate, gold)
-        except Exception:  # sympy raises many kinds on hostile text, as RecursionError: not a right answer
-            good = False
-        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
-            signal.setitimer(timer, 0)  # before the verdict, or it could die after it
+        child = os.fork()
+        if not child:
+            # Nothing here handles the signals of these timers. So the system ends this process at once.
+            signal.setitimer(signal.ITIMER_PROF, timeout)
+            signal.setitimer(signal.ITIMER_REAL, timeout * PATIENCE)
+            try:
+                good = verifiable(gold) if candidate is None else equal(candidate, gold)
+            except Exception:  # sympy raises many kinds on hostile text: that is no right answer
+                good = False
+            os._exit(0 if good else 1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with contextlib.suppress(BrokenPipeError):  # the trainer was killed; then stdin ends too
-            print("equal" if good else "different", file=verdicts, flush=True)
+            print(named.get(code, "crash"), file=verdicts, flush=True)

@@ -104,7 +104,7 @@ def draw_batches(plt, runs, batches):
                        label=f"{clock} to {target}" if target else f"{clock} to GRPO's best")
     for height, text in ((GROUP**0.5, "√8"), (GROUP, "8")):
         right.axhline(height, color="#d94801", linewidth=0.8, linestyle=":")
-        right.text(sizes[0], height, text, color="#d94801", fontsize=8, va="bottom", ha="right")
+        right.text(1.01, height, text, color="#d94801", va="center", transform=right.get_yaxis_transform())
     right.set(xscale="log", xlabel="prompts a step", ylim=(0, GROUP + 2.5),
               title="cost: GRPO / SPPO")
     right.set_xticks(sizes, map(str, sizes), minor=False)
@@ -144,6 +144,7 @@ def draw_tail(plt, runs):
     for name in ("SPPO", "SPPO, small critic"):
         if some := of(runs, name):
             band(axes, [0.0], [[mean_of(run["metrics"]["critic/auc"])] for run in some], name)
-    axes.set(xlabel="position in the response", ylabel="AUC of the critic's value", xlim=(-0.05, 1))
+    axes.set(xlabel="position in the response", ylabel="AUC of the critic's value", xlim=(-0.05, 1),
+             ylim=(0.5, 1))  # from guessing to knowing
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
