@@ -18,10 +18,10 @@ test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
-race: install  ## every algorithm at the papers' batch, and the figures: an hour or two on two cores
+race: install  ## every algorithm at the papers' batch, and the figures: an hour on two cores
 	$(BIN)/python -m tools.race --jobs 2
 
-race-batches: install  ## SPPO and GRPO at 16 to 512 prompts a step: an hour or less on two cores
+race-batches: install  ## SPPO and GRPO at 16 to 512 prompts a step: less than an hour
 	$(BIN)/python -m tools.race --part batches --jobs 2
 
 race-grid: install  ## each algorithm's best learning rate, which `make race` then also uses (not timed)

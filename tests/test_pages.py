@@ -156,3 +156,9 @@ def test_measured_numbers_of_the_readme_stand_in_the_docs():
     assert re.findall(measure, text)
     for number in re.findall(measure, text):
         assert number in re.findall(measure, docs), f"{number} stands in the README only"
+
+
+def test_the_readme_shows_lines_of_the_committed_demo():
+    shown = re.findall(r"(?m)^    (step +\d+/\d+  .*)$", PAGES["README.md"])
+    printed = (ROOT / "results/demo.txt").read_text().splitlines()
+    assert len(shown) >= 4 and set(shown) <= {line.rstrip() for line in printed}
