@@ -27,7 +27,7 @@ race-batches: install  ## SPPO and GRPO at 16 to 512 prompts a step: less than a
 race-grid: install  ## each algorithm's best learning rate, which `make race` then also uses (not timed)
 	$(BIN)/python -m tools.race --part grid --jobs 2
 
-race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: some minutes
+race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: four minutes
 	$(BIN)/python -m tools.race --part quick --jobs 2
 
 lesson: install  ## the pictures of docs/pictures, from a run of the built-in model: some minutes
