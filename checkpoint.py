@@ -20,25 +20,28 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 
 from cli import InputError, Log, from_rank_0, is_main, say
 
-FORMAT = "sppo checkpoint 2"
-MAX_FILE_BYTES = 8 << 30  # of all ranks together
+FORMAT = "sppo checkpoint 3"
+FILE_BYTES = 8 << 30  # about, of all ranks together
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
 
+def parts_of(run, baseline):
+    """What has a state, by name: each has `state_dict` and `load_state_dict`. (Problems and seeds of a step
+    are drawn from its number.)"""
+    return {"policy": run.policy, "baseline": baseline, "in_flight": run.in_flight}
+
+
 def state_of(run, baseline):
-    """Everything that the next step depends on, as {path: value}. (Problems and seeds of a step are drawn
-    from its number.)"""
-    return dict(_flatten({
-        "algorithm": type(baseline).__name__, "seconds": run.clock.total,
-        "options": dataclasses.asdict(run.config), "policy": run.policy.state_dict(),
-        "baseline": baseline.state_dict(), "in_flight": run.in_flight.state_dict()}))
+    """Everything that the next step depends on, as {name: value}; of a part, {part/name: value}."""
+    return {"algorithm": type(baseline).__name__, "seconds": run.clock.total,
+            "options": dataclasses.asdict(run.config),
+            **{f"{part}/{name}": value for part, owner in parts_of(run, baseline).items()
+               for name, value in owner.state_dict().items()}}
 
 
 def existing(output):
@@ -51,16 +54,15 @@ def save(run, baseline, log, step):
 
     If there is no room for it, a warning says so, the earlier ones remain, and the run continues.
     """
+    import torch.distributed.checkpoint as dcp  # here, for it takes a second, which --help need not wait
     folder = Path(run.config.output) / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
     state = state_of(run, baseline)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     values = {name: value for name, value in state.items() if name not in tensors}
-    # Files of at most some gigabytes, since a rank holds one at a time in host memory while it is written.
-    file_of, size = {}, 0
-    for name, tensor in sorted(tensors.items()):
-        size += tensor.numel() * tensor.element_size()
-        file_of[name] = 1 + (size - 1) // MAX_FILE_BYTES if size else 1
+    # Files of some gigabytes each, since a rank holds one at a time in host memory while it is written.
+    files = 1 + sum(t.numel() * t.element_size() for t in tensors.values()) // FILE_BYTES
+    file_of = {name: 1 + i % files for i, name in enumerate(tensors)}
     writer = dcp.HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
     problem = (first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
                or first_problem(lambda: is_main() and _empty(partial))
@@ -86,6 +88,7 @@ def first_problem(action):
     All ranks must know of it, or those without an error would wait for the others in the next collective.
     Errors of other kinds are raised.
     """
+    import torch.distributed.checkpoint as dcp
     problem = None
     try:
         action()
@@ -99,27 +102,6 @@ def first_problem(action):
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((p for p in problems if p), None)
-
-
-def _flatten(state, prefix=""):
-    """Yields (path, value) of nested dictionaries; paths are joined with a slash."""
-    for name, value in state.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _unflatten(flat):
-    """The nested dictionaries of {path: value}: the inverse of `_flatten`."""
-    state = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        inner = state
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = value
-    return state
 
 
 def _empty(partial):
@@ -156,6 +138,8 @@ def resume(run, baseline):
     Broken checkpoints are skipped with a warning. One that belongs to another model or algorithm is refused
     with an InputError before any of its tensors is read.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.tensor import DTensor
     c = run.config
     if not c.resume:
         return 0
@@ -186,10 +170,10 @@ def resume(run, baseline):
     for name in tensors.keys() - sharded.keys():  # small, perhaps of another length: every rank reads it all
         tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
     dcp.load(tensors, storage_reader=reader)  # fills the sharded ones in place
-    state = _unflatten({**meta["values"], **tensors})
-    run.policy.load_state_dict(state["policy"])
-    baseline.load_state_dict(state.get("baseline", {}))
-    run.in_flight.load_state_dict(state["in_flight"])
+    state = {**meta["values"], **tensors}
+    for part, owner in parts_of(run, baseline).items():
+        owner.load_state_dict({name.removeprefix(f"{part}/"): value for name, value in state.items()
+                               if name.startswith(f"{part}/")})
     run.clock.total = state["seconds"]
     options = json.loads(json.dumps(dataclasses.asdict(c)))  # as they would be read from a checkpoint
     changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})"

@@ -238,7 +238,10 @@ class Log:
         folder = Path(config.output)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         self.file, self.unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
-        kept = earlier_lines(folder / "metrics.jsonl", resumed_after) if resumed_after else []
+        # A line without an end was cut when the run was killed: it is of a later step.
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= resumed_after]
+        kept = kept if resumed_after else []  # a new run begins an empty file
         self.file.truncate(sum(map(len, kept)))  # one call: a kill leaves the longer file or the shorter one
         earlier = [json.loads(line) for line in kept]
         self.first = next((line for line in earlier if "eval_accuracy" in line), None)
@@ -320,14 +323,14 @@ class Log:
         cut_off, limit = line.get("truncated", 0), self.config.max_response_tokens
         skipped = line.get("policy/skipped") or line.get("critic/skipped")
         empty = line.get("response_tokens", 2) < 1.5
-        checks = ((cut_off > 0.9, f"{cut_off:.0%} of the responses were cut off by --max-response-tokens "
-                                  f"{limit} and earn nothing: it is too low, or the policy never stops"),
-                  (empty, "nearly all responses are empty: the policy has collapsed"),
-                  (skipped, "an update was not finite and was skipped"))
-        for number, (wrong, text) in enumerate(checks):
-            if wrong and number not in self.warned:
+        warnings = {f"nearly all responses were cut off by --max-response-tokens {limit} and earn nothing: "
+                    "it is too low, or the policy never stops": cut_off > 0.9,
+                    "nearly all responses are empty: the policy has collapsed": empty,
+                    "an update was not finite and was skipped": skipped}
+        for text, holds in warnings.items():
+            if holds and text not in self.warned:
                 say(f"warning: {text}")
-            (self.warned.add if wrong else self.warned.discard)(number)
+        self.warned = {text for text, holds in warnings.items() if holds}
 
 
 def skill(bce, reward, earlier, window=8):
@@ -341,17 +344,6 @@ def skill(bce, reward, earlier, window=8):
     expected = sum(earlier[-window:]) / len(earlier[-window:])
     expected = min(max(expected, 0.01), 0.99)  # of 0 and 1 the logarithm is infinite
     return 1 - bce / -(reward * math.log(expected) + (1 - reward) * math.log(1 - expected))
-
-
-def earlier_lines(path, last):
-    """The lines (bytes) of a metrics.jsonl up to step `last`."""
-    lines = []
-    with contextlib.suppress(ValueError):  # a line that was cut when the run was killed: it is a later one
-        for line in path.read_bytes().splitlines(keepends=True):
-            if json.loads(line)["step"] > last:
-                break
-            lines.append(line)
-    return lines
 
 
 def show_samples(title, batch, tokenizer, count=3):

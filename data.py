@@ -93,7 +93,7 @@ def hub_rows(spec):
         return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; each is about this name
         raise InputError(f"{spec}: is neither a .jsonl or .parquet file nor a dataset on the hub in reach "
-                         f"({first_line(error)})") from None
+                         f"({first_line(error)}); without a network, give a file") from None
 
 
 def is_chat(prompt):

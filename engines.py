@@ -12,7 +12,6 @@ Each rank has its own engine (or `tensor_parallel` neighbours share one) and sam
 import gc
 import importlib.util
 import logging
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -31,18 +30,15 @@ class Response:
     paused: bool = False  # stopped before its end, to be continued later
 
 
-def make_engine(c, model, tokenizer, device, max_tokens, responses):
+def make_engine(c, model, tokenizer, device, max_tokens):
     """The engine that the options `c` of a script ask for. `--engine auto` is vLLM where it is installed.
-
-    max_tokens: of a prompt and its response together. responses: how many a step asks of all engines.
-    """
+    max_tokens: of a prompt and its response together."""
     vllm = c.engine != "transformers" and importlib.util.find_spec("vllm")
     if c.engine == "vllm" and not vllm:
         raise InputError("--engine vllm needs `pip install vllm`")
     return (VLLMEngine if vllm else TransformersEngine)(
         model, device, stop=stop_tokens(model, tokenizer), max_tokens=max_tokens, dtype=c.dtype, seed=c.seed,
-        tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code,
-        at_once=math.ceil(responses * c.tensor_parallel / dist.get_world_size()))
+        tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
 
 
 def stop_tokens(model, tokenizer):
@@ -61,10 +57,9 @@ def stop_tokens(model, tokenizer):
 
 class VLLMEngine:
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
-                 memory=0.5, trust_remote_code=False, at_once=256):
+                 memory=0.5, trust_remote_code=False):
         """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its
-        response together. memory: the share of a GPU's memory that vLLM may use while it is awake. at_once:
-        responses that it will be asked for together."""
+        response together. memory: the share of a GPU's memory that vLLM may use while it is awake."""
         self.device, self.stop = device, stop
         on_gpu = device.type == "cuda"
         # In this process, so that it takes new weights as tensors, without copies between processes.
@@ -81,9 +76,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two ranks would share one core
         import vllm
         if on_gpu:
-            # Memory for the logits of so many responses is set aside (0.32, on an H100: 1,024 if nothing is
-            # said). Not fewer than 256, since an evaluation may ask for more than a step does.
-            options = dict(max_num_seqs=min(1024, max(256, at_once)),
+            # Responses that are written at once. Memory for the logits of so many is set aside (1,024 on an
+            # H100, if nothing is said), and long responses fill the cache before there are 512.
+            options = dict(max_num_seqs=512,
                            # Logits are not rounded to bfloat16, as in policy.py. (0.22 rounds them even so,
                            # and then `policy/rollout_gap` is larger.)
                            hf_overrides={"head_dtype": "float32"})
@@ -199,7 +194,7 @@ class TransformersEngine:
     BATCH = 64  # prompts that are decoded together
 
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
-                 memory=None, trust_remote_code=False, at_once=None):
+                 memory=None, trust_remote_code=False):
         if tensor_parallel > 1:
             raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; leave it out, or install vLLM")
         import transformers

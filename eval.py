@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import sys
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -90,17 +90,12 @@ def per_problem(records, equal=equal):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def benchmark_metrics(name, batch, tokenizer, verifier):
-    """{eval/NAME/METRIC: mean} of a training loop's Batch."""
-    records, count = [], Counter()
-    rows = zip(batch.problems, batch.responses, batch.rewards.tolist(), strict=True)
-    for problem, response, reward in rows:
-        text = tokenizer.decode(response.ids, skip_special_tokens=True)
-        records.append(record(name, problem, count[problem.id], response, text, reward, verifier.mode))
-        count[problem.id] += 1
-    metrics, n = per_problem(records, verifier.equal), max(count.values())
-    shown = [f"avg@{n}", *([f"maj@{n}", f"pass@{n}"] if n > 1 else []), "tokens", "cut off"]
-    return {f"eval/{label(name)}/{key.replace(' ', '_')}": metrics[key].mean() for key in shown}
+def benchmark_metrics(name, batch, samples):
+    """{eval/NAME/METRIC: mean} of a Batch with `samples` responses to each problem."""
+    solved = batch.rewards.view(-1, samples)  # [problems, samples]
+    metrics = {f"avg@{samples}": solved.mean(), f"pass@{samples}": solved.amax(1).mean(),
+               "tokens": batch.lengths.float().mean(), "cut_off": batch.metrics()["truncated"]}
+    return {f"eval/{label(name)}/{key}": float(value) for key, value in metrics.items()}
 
 
 # ---- benchmarks and responses ------------------------------------------------------------------------------
@@ -109,16 +104,10 @@ def load_benchmark(name):
     """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads."""
     if name == "chain":  # problems that no training run on `chain` has seen
         return [p for p in load_problems("chain:8800") if p.id >= 8192][:256]
-    if name not in BENCHMARKS:
-        if not set(name) & set("/.:"):
-            raise InputError(f"{name}: no such benchmark; give one of {', '.join([*BENCHMARKS, 'chain'])}, a "
-                             "file, or HUB/NAME")
-        return load_problems(name)
-    try:
-        return load_problems(BENCHMARKS[name])
-    except InputError as error:
-        raise InputError(f"benchmark {name}: {error}; without a network, give the path of a file with its "
-                         f"problems, say {name}.jsonl or {name}.parquet, in place of the name") from None
+    if name not in BENCHMARKS and not set(name) & set("/.:"):
+        raise InputError(f"{name}: no such benchmark; give one of {', '.join([*BENCHMARKS, 'chain'])}, "
+                         "a file, or HUB/NAME")
+    return load_problems(BENCHMARKS.get(name, name))
 
 
 def label(name):
@@ -165,7 +154,7 @@ def evaluate_policy(run, log, step):
     run.sampler.random.seed(f"{run.config.seed}/{step}/evaluation")
     for name, problems in run.benchmarks.items():
         batch = run.sampler.sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
-        log.add(benchmark_metrics(name, batch, run.tokenizer, run.verifier))
+        log.add(benchmark_metrics(name, batch, run.config.eval_samples))
     if run.held_out:
         log.evaluated(step, run.sampler.sample(run.held_out), run.tokenizer)
     if step == 0:
@@ -237,7 +226,7 @@ def run_evaluation(c):
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
     verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
-    engine = make_engine(c, model, tokenizer, device, max_tokens, len(todo)) if todo else None
+    engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()
@@ -254,7 +243,6 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
     """This rank's part of `todo`, a list of (key, Problem); each response is written as soon as it is
     verified."""
     part = todo[dist.get_rank() // c.tensor_parallel :: dist.get_world_size() // c.tensor_parallel]
-    writes = dist.get_rank() % c.tensor_parallel == 0  # ranks that share an engine hold the same responses
     # Each response has its own seed, so that it depends neither on what was sampled before nor
     # on the number of ranks.
     names = [f"{c.seed}/{name}/{number}/{sample}" for (name, number, sample), _ in part]
@@ -266,7 +254,7 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
             i, response, text, reward = waiting.popleft()
             (name, _, sample), problem = part[i]
             rewards.append(reward.result())
-            if writes:
+            if dist.get_rank() % c.tensor_parallel == 0:  # ranks that share an engine have the same responses
                 file.write(record(name, problem, sample, response, text, reward.result(), c.answer))
             bar.set_description(f"{100 * sum(rewards) / len(rewards):.1f} % right", refresh=False)
 

@@ -97,14 +97,10 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self):
         self.output = self.output or f"runs/{self.baseline}"
 
-    def responses_per_step(self):
-        return super().responses_per_step() * (2 if self.baseline == "remax" else self.group_size)
-
     def check(self):
         super().check()
         if self.baseline != "remax" and self.group_size < 2:
-            raise InputError(f"--group-size {self.group_size}: responses to a prompt are compared; "
-                             "give 2 or more")
+            raise InputError(f"--group-size {self.group_size}: the samples are compared; give 2 or more")
         if self.oversample:
             raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a "
                              "prompt, so it must wait for all of them; leave it out")

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from cli import InputError, from_rank_0
 from sharded import ShardedModel, load, pad, unflatten
@@ -35,8 +34,7 @@ def compiled(function):
 def can_compile(device):
     """Whether `compiled` is used on `device`. A GPU takes longer to read and write logits several times than
     to compute them. Compiled, it passes over them once. Triton wants a C compiler and Python's headers."""
-    compilers = os.environ.get("CC", "gcc"), "clang"
-    return (device.type == "cuda" and any(map(shutil.which, compilers))
+    return (device.type == "cuda" and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
             and Path(sysconfig.get_path("include"), "Python.h").exists())
 
 
@@ -165,6 +163,7 @@ class Policy(ShardedModel):
 
     def weights(self, dtype=None):
         """Yields (Hugging Face name, full tensor) of each parameter in turn: all at once might not fit."""
+        from torch.distributed.tensor import DTensor
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
         for name, p in self.module.lm.named_parameters():
             # The shard goes to the device first, where gathering is fast, and in `dtype`: fewer bytes travel.

@@ -151,8 +151,7 @@ class PPOConfig(TrainConfig):
     def check(self):
         super().check()
         if self.oversample:
-            raise InputError(f"--oversample {self.oversample}: the critic of PPO reads finished responses, "
-                             "so it expects nothing when they start; leave it out")
+            raise InputError(f"--oversample {self.oversample}: PPO needs finished responses; leave it out")
         if self.critic_model:
             tokens = self.max_prompt_tokens + self.max_response_tokens
             check_model(self.critic_model, tokens, self.trust_remote_code)

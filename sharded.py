@@ -27,8 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
@@ -150,6 +148,7 @@ def deal_out(module, device):
     """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`; skips what is
     sharded already. Buffers that no checkpoint has are sent too: rotary frequencies are computed when a model
     is made, which a model on `meta` cannot do."""
+    from torch.distributed.tensor import DTensor  # here, for it takes a second, which --help need not wait
     new = {}  # old tensor -> new one: tied weights, one tensor under two names, stay tied
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -258,6 +257,7 @@ class ShardedModel:
     def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0,
                  dtype="bfloat16", micro_batch_tokens=18432, checkpoint_activations=True, offload=False,
                  offload_between=False, replicas=1):
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
         self.dtype, self.offload_between = getattr(torch, dtype), offload_between
         self.here = True  # whether the weights are on `device`: with offload_between, they move
@@ -379,13 +379,15 @@ class ShardedModel:
         """Weights and Adam's moments, sharded, and counters. They are no copies: checkpoint.py
         writes or fills them."""
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        state = {name: {"weight": parameter.detach(), **self.optimizer.state[parameter]}
-                 for name, parameter in self.module.named_parameters()}
-        return {"parameters": state, "updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+        state = {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+        for name, parameter in self.module.named_parameters():
+            state[f"{name}/weight"] = parameter.detach()
+            state |= {f"{name}/{key}": moment for key, moment in self.optimizer.state[parameter].items()}
+        return state
 
     def load_state_dict(self, state):
         """Restores what `state_dict` returned. checkpoint.py has filled the sharded tensors, which are the
         model's own. Adam's step counts are not sharded, so they are copied here."""
         for name, parameter in self.module.named_parameters():
-            self.optimizer.state[parameter]["step"].copy_(state["parameters"][name]["step"])
+            self.optimizer.state[parameter]["step"].copy_(state[f"{name}/step"])
         self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]

@@ -87,7 +87,6 @@ class SPO(Baseline):
         super().__init__(run)
         self.ids = np.array([p.id for p in run.problems])
         self.tracker = ValueTracker(1 + max(p.id for p in run.problems + run.held_out))
-        self.init_samples = 0  # responses that were sampled before step 1
         self.last = {}  # id -> (token ids, log-probabilities) of its last response, six bytes a token
 
     def next_problems(self, first, count):
@@ -103,7 +102,6 @@ class SPO(Baseline):
     def start(self):
         """The tracker's first values, from samples of the policy before training. Counts for step 1."""
         run, n, size = self.run, self.run.config.init_samples, self.run.config.prompts_per_step
-        self.init_samples = n * len(run.problems)
         say(f"Before step 1: {n} responses to each of {len(run.problems):,} problems, to start the tracker.")
         for i in range(0, len(run.problems), size):
             problems = run.problems[i : i + size]
@@ -141,26 +139,26 @@ class SPO(Baseline):
 
     def update(self, batch):
         self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
-        started, self.init_samples = self.init_samples, 0  # only in the metrics of the first step
         return {**self.calibration(self.values, batch.rewards),
-                **({"tracker/init_samples": started} if started else {}),
+                # Responses that were sampled before step 1, of which `reward` and lengths know nothing.
+                "tracker/init_samples": self.run.config.init_samples * len(self.run.problems),
                 "tracker/distance": self.distance.mean(),
                 "tracker/rho": self.tracker.rho(self.distance).mean()}
 
     def state_dict(self):
-        """The last responses as four flat tensors: whose, how long, token ids, log-probabilities."""
+        """The tracker, and the last responses as flat tensors: whose, how long, token ids,
+        log-probabilities."""
         # Something empty stands first, since there may be no responses yet.
         ids, logprobs = zip((torch.empty(0).int(), torch.empty(0).half()), *self.last.values(), strict=True)
-        return {"tracker": self.tracker.state_dict(),
-                "last": {"problems": torch.tensor(list(self.last), dtype=torch.int64),
-                         "lengths": torch.tensor([len(part) for part in ids[1:]], dtype=torch.int64),
-                         "ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}}
+        return {**self.tracker.state_dict(), "problems": torch.tensor(list(self.last), dtype=torch.int64),
+                "lengths": torch.tensor([len(part) for part in ids[1:]], dtype=torch.int64),
+                "ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}
 
     def load_state_dict(self, state):
-        self.tracker.load_state_dict(state["tracker"])
-        last, lengths = state["last"], state["last"]["lengths"].tolist()
-        responses = zip(last["ids"].split(lengths), last["logprobs"].split(lengths), strict=True)
-        self.last = dict(zip(last["problems"].tolist(), responses, strict=True))
+        self.tracker.load_state_dict(state)
+        lengths = state["lengths"].tolist()
+        responses = zip(state["ids"].split(lengths), state["logprobs"].split(lengths), strict=True)
+        self.last = dict(zip(state["problems"].tolist(), responses, strict=True))
 
 
 # ---- the options -------------------------------------------------------------------------------------------

@@ -119,13 +119,13 @@ class Baseline:
         return [None] * len(problems)
 
     def state_dict(self):
-        """What a checkpoint must keep, in nested dictionaries: tensors, and values that JSON can hold."""
-        return {"critic": self.critic.state_dict()} if self.critic else {}
+        """What a checkpoint must keep, by name: tensors, and values that JSON can hold."""
+        return self.critic.state_dict() if self.critic else {}
 
     def load_state_dict(self, state):
         """Restores what `state_dict` returned. Sharded tensors (a critic's) are already filled in place."""
         if self.critic:
-            self.critic.load_state_dict(state["critic"])
+            self.critic.load_state_dict(state)
 
 
 class SPPO(Baseline):
@@ -268,7 +268,7 @@ def train(config, make_baseline):
     run.clock = Clock(run.device)
     # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
     max_tokens = c.max_prompt_tokens + c.max_response_tokens
-    run.engine = make_engine(c, c.model, run.tokenizer, run.device, max_tokens, c.responses_per_step())
+    run.engine = make_engine(c, c.model, run.tokenizer, run.device, max_tokens)
     run.engine.sleep()
     run.sampler = Sampler(c, run.tokenizer, run.engine, run.verifier, run.clock)  # problems -> verified Batch
     run.in_flight = InFlight(c, run.sampler, run.problems)  # the same for --oversample
@@ -358,9 +358,6 @@ class TrainConfig(CommandLine):
         data.check_model(self.model, prompt + self.max_response_tokens, trust)
         if self.critic_model:
             data.check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
-
-    def responses_per_step(self):
-        return round(self.prompts_per_step * (1 + self.oversample))
 
     def training_options(self):
         """The keyword arguments of `ShardedModel` for the policy."""

@@ -26,7 +26,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or each vLLM compiles, for 
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload([  # what cannot be imported is passed over
-    "eval", "grpo", "ppo", "spo", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
+    "eval", "grpo", "ppo", "spo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"])
 
 

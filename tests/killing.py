@@ -13,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401 - the parts that a run imports late
+
 import sppo
 
 folder, kills, options = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

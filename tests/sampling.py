@@ -22,7 +22,7 @@ with open(f"{model}/generation_config.json", "w") as file:
 tokenizer = load_tokenizer(BUILTIN_MODEL)
 prompts = [render(p.messages, tokenizer) for p in load_problems("chain:48")]
 config = EvalConfig(engine=sys.argv[1], dtype="float32", vllm_memory=0.5)
-engine = make_engine(config, model, tokenizer, device, max_tokens=128, responses=48)
+engine = make_engine(config, model, tokenizer, device, max_tokens=128)
 policy = Policy(BUILTIN_MODEL, device, temperature=0.8, lr=1e-3, dtype="float32", checkpoint_activations=False)
 
 

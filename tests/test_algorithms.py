@@ -55,12 +55,12 @@ def test_help_explains_every_option(script):
 
 
 @pytest.mark.parametrize("command, message", [
-    (["grpo.py", "--group-size", "1"], "--group-size 1: responses to a prompt are compared; give 2 or more"),
+    (["grpo.py", "--group-size", "1"], "--group-size 1: the samples are compared; give 2 or more"),
     (["grpo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: grpo compares the responses"),
     (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has no critic"),
     (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
-    (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: the critic of PPO reads"),
+    (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: PPO needs finished responses"),
     (["ppo.py", "--lam", "1.5"], "--lam 1.5: must be 0 or more and at most 1"),
     (["ppo.py", "--critic-model", "OTHER"], "reads other tokens than")])
 def test_bad_input_is_one_clear_sentence(tmp_path, command, message, capsys):

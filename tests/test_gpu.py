@@ -12,12 +12,10 @@ from conftest import run
 
 import checkpoint
 import cli
-import engines
 import policy
 import sharded
 from cli import BUILTIN_MODEL, InputError, progress
 from engines import Response, VLLMEngine
-from grpo import GRPOConfig
 from rollout import Batch
 from sppo import TrainConfig, policy_step
 from tools import gpu
@@ -104,22 +102,6 @@ def test_adams_moments_are_there_from_the_start_and_stay_where_they_are(device):
     policy_step(ours, batch, range(1), torch.ones(1), TrainConfig())
     assert places() == before
     assert all(ours.optimizer.state[p]["exp_avg"].to_local().any() for p in ours.module.parameters())
-
-
-@pytest.mark.parametrize("config, per_engine, expected", [
-    (TrainConfig(model="x", prompts_per_step=256), 4, 256), (TrainConfig(model="x", prompts_per_step=2000), 4, 500),
-    (TrainConfig(model="x", prompts_per_step=256, oversample=0.5), 1, 384),
-    (GRPOConfig(model="x", prompts_per_step=256), 4, 512), (GRPOConfig(model="x", prompts_per_step=256), 1, 1024),
-    (GRPOConfig(model="x", prompts_per_step=256, baseline="remax"), 1, 512)])
-def test_vllm_keeps_memory_for_what_a_step_asks_of_it(monkeypatch, config, per_engine, expected):
-    """At least 256, at most 1,024."""
-    seen = []
-    monkeypatch.setattr(engines, "VLLMEngine", lambda *_, at_once, **__: seen.append(at_once))
-    monkeypatch.setattr(engines, "stop_tokens", lambda *_: [])
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(engines.dist, "get_world_size", lambda: per_engine)
-    engines.make_engine(config, "x", None, torch.device("cuda"), 100, config.responses_per_step())
-    assert min(1024, max(256, seen[0])) == expected
 
 
 # ---- log-probabilities -------------------------------------------------------------------------------------

@@ -179,8 +179,8 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
                     policy_step(ours, batch, range(2), torch.tensor([-1.0, 1.0]), TrainConfig())
             critic.update(prompts, batch.rewards)
             weights = dict(ours.weights())
-        return [logits, *weights.values(), *(tensor.full_tensor() for model in (ours, critic) for state in model.state_dict()[
-            "parameters"].values() for tensor in (state["weight"], state["exp_avg"], state["exp_avg_sq"]))]
+        return [logits, *weights.values(), *(tensor.full_tensor() for model in (ours, critic) for name, tensor in model.state_dict().items()
+                                          if name.endswith(("weight", "avg", "avg_sq")))]
 
     without, none = train(False), moves.copy()
     with_it = train(True)

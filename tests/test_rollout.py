@@ -82,7 +82,7 @@ def test_vllm_sleeps_while_others_train_and_wakes_for_new_weights(shared_engines
     for seen in shared_engines[0]:
         assert seen["events"] == ["init", *sleep, *awake, "generate", "generate", *sleep, *awake,  # first evaluates
                                   "generate", *sleep, *awake, "generate", "shutdown"]  # after step 2, evaluates again
-        assert seen["options"] == [256, {"head_dtype": "float32"}]
+        assert seen["options"] == [512, {"head_dtype": "float32"}]
         assert not seen["resident"]  # with --offload-between, no model is on the device while vLLM samples
 
 

@@ -62,7 +62,7 @@ class TimeConfig(CommandLine):
     offload_between: bool = option(False, "as in training")
     gpu_memory: float = option(79.0, "GiB of a card", positive=True)
     vllm_memory: float = option(0.35, "vLLM's share of it", positive=True)
-    max_num_seqs: int = option(1024, "responses that vLLM runs at once: its default there", positive=True)
+    max_num_seqs: int = option(512, "responses that vLLM runs at once", positive=True)
     products: float = option(445, "TFLOP/s that products reach: 45 % of an H100's 989", positive=True)
     bandwidth: float = option(2.35, "TB/s that memory reaches: 70 % of an H100's 3.35", positive=True)
     link: float = option(360, "GB/s between cards: 80 % of NVLink's 450", positive=True)
@@ -268,8 +268,7 @@ def measure(run, size, device, prompts):
     products = products_rate(policy.module.lm, int(tokens.sum()), device, getattr(torch, run.dtype))
     numbers = torch.ones(2**27, device=device)  # 512 MiB: more than caches hold
     bandwidth = 2**29 / seconds(numbers.sum, 5)
-    engine = make_engine(run, run.model, load_tokenizer(run.model), device, len(prompts[0]) + 64,
-                         len(prompts))
+    engine = make_engine(run, run.model, load_tokenizer(run.model), device, len(prompts[0]) + 64)
     engine.stop = []
     step = seconds(lambda: list(engine.generate([prompts[0]], temperature=1.0, max_tokens=64)), 2) / 64
     rates = SimpleNamespace(products=products, training=training, bandwidth=bandwidth, link=math.inf,
