@@ -1,5 +1,7 @@
 """The structure of the repository: who may import whom."""
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -45,3 +47,12 @@ def test_formulas_come_first():
     lines = (ROOT / "sppo.py").read_text().splitlines()
     assert next(i for i, line in enumerate(lines, 1) if line.startswith("def sequence_advantages")) < 60
     assert next(i for i, line in enumerate(lines, 1) if line.startswith("def training_loop")) < 160
+
+
+@pytest.mark.parametrize("script", ["sppo", "eval"])
+def test_help_waits_for_no_library_that_only_a_run_needs(script):
+    """Each of these takes a second or more to import."""
+    slow = ("vllm", "transformers", "torch.distributed.tensor", "sympy", "datasets")
+    code = f"import sys, {script}; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -20,7 +20,7 @@ needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vL
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    done = run("sppo.py", "--steps", "24", "--output", output)
+    done = run("sppo.py", "--steps", "20", "--output", output)
     assert done.returncode == 0, done.stderr
     return done.stdout, output
 
@@ -70,17 +70,17 @@ def test_the_trained_model_is_a_model_that_can_be_trained_on(demo, tmp_path):
 
 @pytest.mark.xdist_group("demo")
 def test_two_ranks_learn_like_one(demo, tmp_path):
-    done = run("sppo.py", "--steps", "10", "--output", tmp_path, ranks=2)
+    done = run("sppo.py", "--steps", "5", "--output", tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
-    one, two = ([m["eval_accuracy"] for m in metrics(folder)[:11] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
+    one, two = ([m["eval_accuracy"] for m in metrics(folder)[:6] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
     print(f"\naccuracy by 5 steps on 1 rank {one}, on 2 ranks {two}")
-    assert len(one) == len(two) == 3
-    assert two[0] < 0.5 and two[-1] >= 0.55
+    assert len(one) == len(two) == 2
+    assert two[1] >= two[0] + 0.05
     for folder in (demo[1], tmp_path):  # the critic began with the mean of the first rewards, on both ranks
         first, n = metrics(folder)[1], 128
         mean, value = first["reward"], (first["reward"] * n + 0.5) / (n + 1)
         assert first["critic/bce"] == pytest.approx(-mean * math.log(value) - (1 - mean) * math.log(1 - value), abs=1e-5)
-    assert abs(sum(one[1:]) - sum(two[1:])) / 2 < 0.1
+    assert abs(one[1] - two[1]) < 0.1
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
     assert done.stdout.count("step  1/") == 1  # one rank speaks
 
