@@ -6,17 +6,13 @@ times that in the backward. So `ChunkedLogProbs` computes the logits in chunks, 
 of the token that was sampled, and computes the chunks again in the backward.
 """
 import functools
-import os
-import shutil
-import sysconfig
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from cli import InputError, from_rank_0
-from sharded import ShardedModel, load, pad, unflatten
+from sharded import ShardedModel, compiles, load, pad, unflatten
 
 # What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -27,15 +23,9 @@ CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of 
 
 @functools.cache
 def compiled(function):
-    """`function`, compiled once for tensors of all lengths."""
+    """`function`, compiled once for tensors of all lengths. A GPU takes longer to read and write logits
+    several times than to compute them. Compiled, it passes over them once."""
     return torch.compile(function, dynamic=True)
-
-
-def can_compile(device):
-    """Whether `compiled` is used on `device`. A GPU takes longer to read and write logits several times than
-    to compute them. Compiled, it passes over them once. Triton wants a C compiler and Python's headers."""
-    return (device.type == "cuda" and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-            and Path(sysconfig.get_path("include"), "Python.h").exists())
 
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -145,7 +135,7 @@ class Policy(ShardedModel):
             lm.generation_config.do_sample = True  # or transformers refuses to save one with a temperature
         self.temperature = temperature
         self.save_dtype = from_rank_0(lambda: lm.dtype)  # the checkpoint's: other ranks have not read it
-        super().__init__(LogProbModel(lm, can_compile(device)), device, **options)
+        super().__init__(LogProbModel(lm, compiles()), device, **options)
 
     def forward(self, sequences):
         """Log-probabilities and entropies of responses under the current weights, with gradient.

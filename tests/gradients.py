@@ -15,7 +15,7 @@ from sppo import TrainConfig, policy_step
 
 output, compile, replicas, *budgets = sys.argv[1], *map(int, sys.argv[2:])
 device = init_distributed()
-policies.can_compile = lambda _: bool(compile)  # it is for GPUs
+policies.compiles = lambda: bool(compile)  # it is for GPUs
 between_replicas, all_reduce = [], dist.all_reduce
 
 

@@ -104,7 +104,7 @@ def test_the_transformers_sampler_draws_from_the_distribution_that_it_reports(te
 def test_benchmarks_of_a_file_and_missing_ones(tmp_path):
     (tmp_path / "aime24.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
     assert [p.answer for p in load_benchmark(str(tmp_path / "aime24.jsonl"))] == ["4"]
-    with pytest.raises(InputError, match=r"benchmark amc23: math-ai/amc23.*say amc23.jsonl or amc23.parquet, in place"):
+    with pytest.raises(InputError, match=r"math-ai/amc23.*without a network, give a file"):
         load_benchmark("amc23")
     with pytest.raises(InputError, match="mathematics: no such benchmark; give one of aime24"):
         load_benchmark("mathematics")

@@ -1,8 +1,10 @@
 """Micro-batches, ranks, memory and saving change nothing about what is learned."""
+import importlib.util
 import random
 import shutil
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -84,10 +86,48 @@ def far(one, other):
 
 def test_it_is_compiled_for_gpus_where_there_is_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/some")
-    monkeypatch.setattr(policy.Path, "exists", lambda _: True)
-    assert policy.can_compile(torch.device("cuda")) and not policy.can_compile(torch.device("cpu"))
+    monkeypatch.setattr(sharded.Path, "exists", lambda _: True)
+    assert not sharded.compiles()
+    monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: True)
+    assert sharded.compiles()
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert not policy.can_compile(torch.device("cuda"))
+    assert not sharded.compiles()
+
+
+def test_attention_on_a_gpu_has_few_shapes_and_the_same_result(monkeypatch):
+    """Lengths are padded for cuDNN; outputs and gradients are as without."""
+    torch.manual_seed(0)
+    seen, sdpa = [], sharded.F.scaled_dot_product_attention
+
+    def recorded(query, key, value, **options):
+        seen.append((query.shape[2], key.shape[2], value.shape[2]))
+        return sdpa(query, key, value, **options)
+    monkeypatch.setattr(sharded.F, "scaled_dot_product_attention", recorded)
+    for length in (5, 256, 300):
+        inputs = [torch.randn(2, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+        results = []
+        for cuda in (False, True):
+            monkeypatch.setattr(torch.Tensor, "is_cuda", cuda)
+            out, _ = sharded.causal_attention(None, *inputs, None, 0.3)
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for plain, padded in zip(*results, strict=True):
+            assert plain.shape == padded.shape and far(padded, plain) < 1e-5
+    assert seen[1::2] == [(256,) * 3, (256,) * 3, (512,) * 3] and seen[0] == (5,) * 3
+
+
+def test_fused_kernels_are_used_on_a_gpu_where_they_are_installed(device, monkeypatch):
+    given = []
+    library = SimpleNamespace(_apply_liger_kernel_to_instance=lambda model, **options: given.append((model, options)))
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", library)
+    find = importlib.util.find_spec
+    for gpu, installed in ((False, True), (True, False), (True, True)):
+        monkeypatch.setattr(sharded, "compiles", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest, installed=installed: (
+            installed if name == "liger_kernel" else find(name, *rest)))
+        lm = sharded.load("AutoModelForCausalLM", BUILTIN_MODEL, False)
+        assert given == ([(lm, {"fused_linear_cross_entropy": False})] if gpu and installed else [])
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")

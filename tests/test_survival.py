@@ -131,7 +131,7 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
     (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "layer_types": None}))
     for command, sentence in (
             (["ppo.py", *resume[1:]], "is of a run of SPPO, and this is PPO"),
-            ([*resume, "--model", foreign, *SETTINGS], "belongs to another model (baseline/critic/parameters/backbone.layers"),
+            ([*resume, "--model", foreign, *SETTINGS], "belongs to another model (baseline/backbone.layers"),
             ([*resume, "--steps", "0"], "--steps 0: must be"),
             (resume, "has no complete checkpoint; delete its folder checkpoints to start anew")):
         if command is resume:

@@ -90,8 +90,9 @@ def machine(dry):
 
 
 def demo(dry, *options):
-    """`python sppo.py`."""
+    """`python sppo.py`, 20 steps."""
     output = ROOT / "runs/gpu" / ("oversample" if options else "demo")
+    options = ("--steps", "20", *options)
     if dry:
         options += ("--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8")
     sppo.train(sppo.TrainConfig.parse(None, ["--output", str(output), *options]), sppo.SPPO)
@@ -104,7 +105,7 @@ def demo(dry, *options):
 
 def oversample(dry):
     """The same with --oversample."""
-    return demo(dry, "--oversample", "1", "--old-logprobs", "rollout")
+    return demo(dry, "--oversample", "1", "--old-logprobs", "rollout", "--steps", "10")
 
 
 def sync(dry):
@@ -142,7 +143,7 @@ def steps(dry):
     """20 steps of sppo.py, 1.5B policy and critic, responses of many lengths: does memory grow?"""
     size = ["--prompts-per-step", "4", "--minibatch", "4", "--max-response-tokens", "16"]
     if not dry:
-        size = ["--prompts-per-step", "16", "--minibatch", "16", "--response-lengths", "256:0.7",
+        size = ["--prompts-per-step", "16", "--minibatch", "16", "--response-lengths", "160:0.7",
                 "--max-response-tokens", "8192", "--vllm-memory", "0.4"]
     with patch.object(bench, "matmul_rate", lambda *_: 1.0):  # before each step it would take seconds
         seconds, held, peak = bench.step(
@@ -232,19 +233,22 @@ def command_of(name, dry):
     return [sys.executable, "-m", "tools.gpu", "--part", name, *["--dry"] * dry]
 
 
-def run_part(command, limit):
-    """Runs a command whose last line is JSON -> {"seconds", and "measured" or "error"}."""
+def run_part(command, limit, log):
+    """Runs a command whose last line is JSON -> {"seconds", and "measured" or "error"}. What it says on
+    standard error goes to the file `log`, since an error's last line seldom tells enough."""
     begun = time.time()
     # No network; and a process group of its own, so that all of it ends when its time is over.
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"})
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"})
     try:
-        printed, errors = process.communicate(timeout=limit)
+        printed, _ = process.communicate(timeout=limit)
         if process.returncode < 0:
             outcome = {"error": f"killed by signal {-process.returncode}; with 9, memory most likely ran out"}
         elif process.returncode:
-            outcome = {"error": (errors.strip().splitlines() or ["said nothing"])[-1][:300]}
+            said = Path(log).read_text().strip().splitlines()
+            outcome = {"error": (said or ["said nothing"])[-1][:300]}
         else:
             outcome = {"measured": json.loads(printed.strip().splitlines()[-1])}
     except subprocess.TimeoutExpired:
@@ -271,11 +275,13 @@ def run_all(c):
     if not c.dry and not torch.cuda.is_available():
         raise InputError("there is no GPU that torch can use; `--dry` goes through all parts on a CPU")
     output, end = Path(c.output or ROOT / ("runs/gpu" if c.dry else "results")), time.time() + SECONDS
-    output.mkdir(parents=True, exist_ok=True)
+    for folder in (output, ROOT / "runs/gpu"):  # the second is for logs
+        folder.mkdir(parents=True, exist_ok=True)
     record = {"dry": c.dry, "when": time.strftime("%Y-%m-%d"), "parts": {}}
     for name, (_, limit) in PARTS.items():
         left = end - time.time()
-        part = (run_part(command_of(name, c.dry), limit if c.dry else min(limit, left)) if c.dry or left > 5
+        part = (run_part(command_of(name, c.dry), limit if c.dry else min(limit, left),
+                         ROOT / f"runs/gpu/{name}.log") if c.dry or left > 5
                 else {"seconds": 0, "error": f"no time was left of {SECONDS} s"})
         record["parts"][name] = part
         say(f"{name:<12} {part['seconds']:>6.1f} s  {part.get('error') or 'done'}")

@@ -41,6 +41,12 @@ class LessonConfig(CommandLine):
     redraw: bool = option(False, "draw what --output holds, and train nothing")
 
 
+@dataclass
+class RunConfig(PPOConfig):
+    """PPO's options, and the one that SPO adds."""
+    init_samples: int = option(0, "as spo.py's: its tracker starts from 1/2")
+
+
 class Together(SPPO):
     """SPPO trains the policy. PPO's critic and SPO's tracker look on, and learn from the same batches."""
 
@@ -149,7 +155,7 @@ def rounded(values):
 def lesson(c, extra):
     """Trains, and returns what lesson.json holds."""
     own = ["--dataset", SPOConfig.BUILTIN["dataset"], "--eval-problems", "64"]  # prompts that come back
-    config = replace(PPOConfig.parse("", own + extra), steps=c.steps, output=c.run, eval_every=c.steps)
+    config = replace(RunConfig.parse("", own + extra), steps=c.steps, output=c.run, eval_every=c.steps)
     it = Lesson(c.steps)
     with patch.object(checkpoint, "begin", it.begin):
         train(config, Together)
