@@ -301,9 +301,5 @@ def report(c, records, verifier, path):
     say(f"\nEvery response is in {path}, every pass@k with its interval in {summary}.")
 
 
-def main(arguments=None):
-    run_evaluation(EvalConfig.parse(__doc__, arguments))
-
-
 if __name__ == "__main__":
-    main()
+    run_evaluation(EvalConfig.parse(__doc__))

@@ -24,7 +24,6 @@ import os
 import shutil
 import sysconfig
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -104,7 +103,7 @@ def compute_dtype(name, device):
 def compiles():
     """Whether kernels can be made for this machine's GPU. Triton wants a C compiler and Python's headers."""
     return (torch.cuda.is_available() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-            and Path(sysconfig.get_path("include"), "Python.h").exists())
+            and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ class ShardedModel:
     they are in host memory, except inside `with model.on_device():`.
     """
 
-    def __init__(self, module, device, *, lr, weight_decay=0.01, warmup_steps=0, max_grad_norm=1.0,
+    def __init__(self, module, device, *, lr, weight_decay=0.01, max_grad_norm=1.0,
                  dtype="bfloat16", micro_batch_tokens=18432, checkpoint_activations=True, offload=False,
                  offload_between=False, replicas=1):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -307,7 +306,7 @@ class ShardedModel:
             self.optimizer.state[p].update(step=torch.zeros((), device=p.device),
                                            exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         self.size = sum(p.numel() for p in module.parameters())
-        self.lr, self.warmup_steps, self.updates, self.skipped_in_a_row = lr, warmup_steps, 0, 0
+        self.updates, self.skipped_in_a_row = 0, 0  # optimiser steps
         self.totals = {}  # loss and metrics of the mini-batch so far, on this rank
         if offload_between:
             self._move("cpu")
@@ -365,8 +364,6 @@ class ShardedModel:
         skip = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))  # the same on every rank
         if not skip:
             self.updates += 1
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup_steps))
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0

@@ -300,7 +300,6 @@ class TrainConfig(CommandLine):
     critic_lr: float = option(5e-6, "learning rate of the critic")
     weight_decay: float = option(0.01, "AdamW's weight decay, for the policy")
     critic_weight_decay: float = option(0.01, "AdamW's weight decay, for the critic")
-    warmup_steps: int = option(0, "optimiser steps until the learning rates reach their constant values")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
@@ -362,7 +361,7 @@ class TrainConfig(CommandLine):
     def training_options(self):
         """The keyword arguments of `ShardedModel` for the policy."""
         return {name: getattr(self, name) for name in (
-            "lr", "weight_decay", "warmup_steps", "max_grad_norm", "dtype", "micro_batch_tokens", "replicas",
+            "lr", "weight_decay", "max_grad_norm", "dtype", "micro_batch_tokens", "replicas",
             "checkpoint_activations", "offload", "offload_between", "trust_remote_code")}
 
     def critic_options(self):

@@ -17,13 +17,14 @@ from data import Problem
 from engines import Response, sample_tokens
 from eval import (
     BENCHMARKS,
+    EvalConfig,
     benchmark_metrics,
     bootstrap_interval,
     load_benchmark,
-    main,
     majority_at_k,
     pass_at_k,
     per_problem,
+    run_evaluation,
 )
 from rollout import Batch, read_rollouts
 
@@ -186,7 +187,7 @@ def test_benchmarks_while_training_by_hand():
     (["--benchmarks", "nothing"], "nothing: no such benchmark"), (["--model", "no/such"], "no/such: its tokenizer cannot be"),
     (["--output", "a.json"], "give it a name that ends with .jsonl")])
 def test_bad_input_is_one_clear_sentence(arguments, message, capsys):
-    error = complaint(main, arguments, capsys)
+    error = complaint(lambda given: run_evaluation(EvalConfig.parse("", given)), arguments, capsys)
     assert message in error and error.count("\n") == 1
 
 

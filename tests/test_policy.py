@@ -86,7 +86,7 @@ def far(one, other):
 
 def test_it_is_compiled_for_gpus_where_there_is_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/some")
-    monkeypatch.setattr(sharded.Path, "exists", lambda _: True)
+    monkeypatch.setattr(sharded.os.path, "exists", lambda _: True)
     assert not sharded.compiles()
     monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: True)
     assert sharded.compiles()

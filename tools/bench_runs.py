@@ -65,7 +65,7 @@ def stragglers(arguments):
             lines = metrics_of(folder, [
                 "sppo.py", "--model", model, "--engine", "vllm", "--temperature", 1,
                 "--max-prompt-tokens", 64, "--max-response-tokens", 1050, "--dtype", "float32",
-                "--no-checkpoint-activations", "--lr", c.lr, "--critic-lr", 1e-3, "--warmup-steps", 0,
+                "--no-checkpoint-activations", "--lr", c.lr, "--critic-lr", 1e-3,
                 "--clip-high", 0.28, "--save-every", 0, "--eval-every", c.steps,
                 "--prompts-per-step", c.prompts, "--minibatch", c.prompts // 2, "--steps", c.steps,
                 "--old-logprobs", "rollout", "--seed", seed, *options], ranks=c.ranks)
@@ -167,7 +167,7 @@ def our_run(c, script, name, *options):
     lines = metrics_of(folder, [
         script, "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1,
         "--lr", c.lr, "--dtype", "bfloat16", "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens,
-        "--no-checkpoint-activations", "--warmup-steps", 0, "--save-every", 0,
+        "--no-checkpoint-activations", "--save-every", 0,
         "--eval-every", 0, *options], threads=c.threads)
     return [(m["time/step"], m["reward"]) for m in lines if m["step"]]
 

@@ -192,7 +192,7 @@ def update(dry):
 
 def sampling(dry):
     """Tokens a second, 64 responses of 1.5B, beside plain vLLM."""
-    tokens = "8" if dry else "2048"
+    tokens = "8" if dry else "1024"
     plain, ours = bench.generate(["--model", folder_of("Qwen/Qwen2.5-1.5B", dry), "--tokens", tokens,
                                   "--rounds", "1" if dry else "2"])
     return {"plain vLLM": round(plain), "rollout.py, verified": round(ours), "ratio": round(ours / plain, 2)}
@@ -222,9 +222,9 @@ def offload(dry):
 
 
 # {name: (function, seconds at most)}
-PARTS = {"machine": (machine, 60), "demo": (demo, 120), "oversample": (oversample, 120), "sync": (sync, 120),
-         "update": (update, 120), "sampling": (sampling, 150), "steps": (steps, 240),
-         "offload": (offload, 150)}
+PARTS = {"machine": (machine, 60), "demo": (demo, 180), "update": (update, 120), "sync": (sync, 120),
+         "sampling": (sampling, 150), "steps": (steps, 240), "offload": (offload, 150),
+         "oversample": (oversample, 150)}
 
 
 # ---- running and writing down ------------------------------------------------------------------------------
