@@ -57,11 +57,12 @@ class InFlight:
             self.started += [Started(p, self.sampler.prompt(p), step, value, Response([], [], False))
                              for p, value in zip(problems, expected, strict=True)]
         unfinished = [s for s in self.started if s.reward is None]
+        finished = len(self.started) - len(unfinished)
         overdue = {i for i, s in enumerate(unfinished) if step - s.step >= c.max_staleness}
         done = self.sampler.generate(
             [s.prompt for s in unfinished], [s.problem.answer for s in unfinished],
             [c.temperature] * len(unfinished), partial=[s.response for s in unfinished], wait_for=overdue,
-            pause_after=max(0, count - (len(self.started) - len(unfinished))))
+            pause_after=max(0, count - finished))
         for i, (response, reward) in done.items():
             unfinished[i].response, unfinished[i].reward = response, reward
         taken = [s for s in self.started if s.reward is not None][:count]

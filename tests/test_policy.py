@@ -87,9 +87,9 @@ def far(one, other):
 def test_it_is_compiled_for_gpus_where_there_is_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/some")
     monkeypatch.setattr(sharded.os.path, "exists", lambda _: True)
-    assert not sharded.compiles()
-    monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: True)
-    assert sharded.compiles()
+    for gpu in (False, True):
+        monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert sharded.compiles() == gpu
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert not sharded.compiles()
 
