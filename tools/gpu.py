@@ -58,8 +58,9 @@ def folder_of(name, dry):
     if dry:
         return BUILTIN_MODEL
     if not folder.exists():  # written under another name, in case the part is ended meanwhile
-        bench.random_model(name, folder.with_suffix(".partial"))
-        folder.with_suffix(".partial").rename(folder)
+        partial = folder.with_name(f"partial-{folder.name}")
+        bench.random_model(name, partial)
+        partial.rename(folder)
     return str(folder)
 
 
