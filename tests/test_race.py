@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import ROOT, complaint, run
 
+from checkpoint import lock
 from tools import race_results
 from tools.race import main
 from tools.race_results import best_rates, cost_to, ratio_text, smooth, speed, student_interval
@@ -86,6 +87,10 @@ def test_a_quick_race_continues_where_it_stopped(tmp_path):
     finished = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in tmp_path.iterdir()}
     killed = next(folder for folder in finished if folder.name.startswith("GRPO"))
     (killed / "command.json").unlink()
+    held = lock(killed)  # as a run does whose race was killed
+    done = run(*command)
+    assert done.returncode == 2 and f"{killed.name}: a run of a race that was killed still writes" in done.stderr
+    held.close()
     done = run(*command)
     assert done.returncode == 0, done.stderr
     again = [folder for folder in finished

@@ -31,6 +31,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from checkpoint import lock
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
 from tools.race_figures import draw
 from tools.race_results import EQUAL, GROUP, best_rates, quick_answer, report
@@ -146,6 +147,11 @@ def metrics_of(folder, command, ranks=1, threads=1):
     (script, *options), file = [str(word) for word in command], folder / "command.json"
     this = {"command": [script, *options], "ranks": ranks, "threads": threads}
     if not (file.exists() and json.loads(file.read_text()) == this):
+        try:
+            lock(folder).close()
+        except OSError:
+            raise InputError(f"{folder}: a run of a race that was killed still writes there; wait for it, or "
+                             "end it, and give the same command again") from None
         shutil.rmtree(folder, ignore_errors=True)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         ended = subprocess.run(
