@@ -227,7 +227,7 @@ def claims(results):
         return ratio_text(speed(some, clock=clock, target=target)["GRPO"])
 
     def at_best(chosen):
-        rates = ", ".join(f"{name} {of(chosen, name)[0]['lr']}" for name in names_in(chosen))
+        rates = ", ".join(f"{name} {of(chosen, name)[0]['lr']}" for name in ("SPPO", "GRPO"))
         responses = ratio_text(speed(chosen, "responses")["GRPO"])
         return f"Each at its best rate ({rates}), GRPO needs {responses} times SPPO's responses"
     sizes = sorted({run["prompts"] for run in results["batches"]["runs"]})
