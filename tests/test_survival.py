@@ -210,9 +210,11 @@ train(TrainConfig.parse(""), Dying)
 """)
     done = torchrun(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2)  # a hang would last two hours
     assert done.returncode != 0 and "dies" in done.stdout
-    end = done.stderr[-3000:]
-    assert "Root Cause (first observed failure)" in end
-    assert ("the first error" if "raise" in death else "Signal 9 (SIGKILL)") in end.split("Root Cause")[1]
+    cause = done.stderr.split("Root Cause (first observed failure)")[1]
+    if "raise" in death:
+        assert "the first error" in cause
+    else:  # torchrun sees a signal only when it looks, so what rank 0 says of its lost peer may be "observed" before
+        assert "Signal 9 (SIGKILL)" in done.stderr
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
