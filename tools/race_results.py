@@ -229,8 +229,8 @@ def claims(results):
     def at_best(chosen):
         rates = ", ".join(f"{name} {of(chosen, name)[0]['lr']}" for name in ("SPPO", "GRPO"))
         responses, seconds = (ratio_text(speed(chosen, clock)["GRPO"]) for clock in ("responses", "seconds"))
-        return (f"Each at its best rate ({rates}), GRPO needs {responses} times SPPO's responses and {seconds} "
-                "times its seconds")
+        return (f"Each at its best rate ({rates}), GRPO needs {responses} times SPPO's responses and "
+                f"{seconds} times its seconds")
     sizes = sorted({run["prompts"] for run in results["batches"]["runs"]})
     early, late = tenth("PPO", 1), tenth("PPO", 10)
     return {
