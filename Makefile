@@ -24,7 +24,7 @@ race: install  ## every algorithm at the papers' batch, and the figures: 75 minu
 race-batches: install  ## SPPO and GRPO at 16 to 512 prompts a step: less than an hour
 	$(BIN)/python -m tools.race --part batches --jobs 2
 
-race-grid: install  ## the best learning rate of each algorithm, which `make race` then also uses: an hour
+race-grid: install  ## the best learning rate of each algorithm, which `make race` then also uses: about an hour
 	$(BIN)/python -m tools.race --part grid --jobs 2
 
 race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: four minutes

@@ -89,7 +89,7 @@ def test_a_quick_race_continues_where_it_stopped(tmp_path):
     (killed / "command.json").unlink()
     held = lock(killed)  # as a run does whose race was killed
     done = run(*command)
-    assert done.returncode == 2 and f"{killed.name}: a run of a race that was killed still writes" in done.stderr
+    assert done.returncode == 2 and f"{killed.name}: another run is writing into it" in done.stderr
     held.close()
     done = run(*command)
     assert done.returncode == 0, done.stderr

@@ -149,9 +149,8 @@ def metrics_of(folder, command, ranks=1, threads=1):
     if not (file.exists() and json.loads(file.read_text()) == this):
         try:
             lock(folder).close()
-        except OSError:
-            raise InputError(f"{folder}: a run of a race that was killed still writes there; wait for it, or "
-                             "end it, and give the same command again") from None
+        except OSError as error:  # a run of a race that was killed may live on
+            raise InputError(f"{folder}: {error}") from None
         shutil.rmtree(folder, ignore_errors=True)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         ended = subprocess.run(
