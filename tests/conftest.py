@@ -1,8 +1,10 @@
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import re
 import runpy
 import socket
 import subprocess
@@ -31,9 +33,11 @@ forks.set_forkserver_preload([  # what cannot be imported is passed over
     "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"])
 
 
-def run(*arguments, ranks=0, timeout=600):
-    """Runs `python ARGUMENTS` as a user would, on `ranks` processes as torchrun would place them if it is not 0. They are
-    forked from one that has imported everything: imports are most of a short run."""
+@contextlib.contextmanager
+def started(*arguments, ranks=0):
+    """Starts `python ARGUMENTS` as a user would, on `ranks` processes as torchrun would place them if it is not 0. They
+    are forked from one that has imported everything: imports are most of a short run. Yields the processes and the files
+    of what they print, (stdout, stderr); what still runs afterwards is killed."""
     arguments, places = [str(argument) for argument in arguments], [{}]
     if ranks:
         with socket.socket() as free:
@@ -43,23 +47,38 @@ def run(*arguments, ranks=0, timeout=600):
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
         processes = [forks.Process(target=become, args=(arguments, environment() | place, [str(file) for file in files]))
                      for place in places]
         for process in processes:
             process.start()
         try:
-            until = time.monotonic() + timeout
-            while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
-                if time.monotonic() > until:
-                    raise subprocess.TimeoutExpired(arguments, timeout)
-                multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], 1)
-            code = next((process.exitcode for process in processes if process.exitcode), 0)
+            yield processes, files
         finally:
-            for process in processes:  # of those that wait for one that has failed
+            for process in processes:
                 process.kill()
                 process.join()
-        return types.SimpleNamespace(args=arguments, returncode=code,
-                                     **{file.name: file.read_text() if file.exists() else "" for file in files})
+
+
+def run(*arguments, ranks=0, timeout=600):
+    """The same, and waits for it: what it printed, and its exit code."""
+    with started(*arguments, ranks=ranks) as (processes, files):
+        until = time.monotonic() + timeout
+        while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(arguments, timeout)
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], 1)
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        return types.SimpleNamespace(args=arguments, returncode=code, **{file.name: file.read_text() for file in files})
+
+
+def wait_for(pattern, file, process, timeout=600):
+    """Waits until `pattern` is found in `file`, into which `process` writes."""
+    until = time.monotonic() + timeout
+    while not re.search(pattern, file.read_text(), re.M):
+        assert process.is_alive() and time.monotonic() < until, file.with_name("stderr").read_text()
+        time.sleep(0.02)
 
 
 def torchrun(*arguments, ranks, timeout=600):

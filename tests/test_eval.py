@@ -2,15 +2,12 @@
 import itertools
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, complaint, environment, metrics, run
+from conftest import complaint, metrics, run, started
 
 from cli import InputError
 from data import Problem
@@ -138,12 +135,10 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, engine):
     text = ""
     while not 100 < text.count("\n") < 510:  # until it was caught in the middle: on a busy machine it may be over first
         stopped.unlink(missing_ok=True)
-        child = subprocess.Popen([sys.executable, *map(str, command), stopped], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL, env=environment())
-        while child.poll() is None and (not stopped.exists() or stopped.read_text().count("\n") < 120):
-            time.sleep(0.05)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() in (0, -signal.SIGKILL)
+        with started(*command, stopped) as ([process], _):  # and killed when the block ends
+            while process.is_alive() and (not stopped.exists() or stopped.read_text().count("\n") < 120):
+                time.sleep(0.02)
+            assert process.exitcode in (None, 0)
         text = stopped.read_text()
     stopped.write_text(text[:-20])
     resumed = run(*command, stopped, ranks=2)

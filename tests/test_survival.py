@@ -1,7 +1,7 @@
 """What happens when a run is killed, starved, told to stop, or fed garbage: nothing is lost, and nothing lies."""
 import importlib.util
 import json
-import re
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, run, torchrun
+from conftest import ROOT, environment, metrics, run, started, torchrun, wait_for
 
 from cli import BUILTIN_MODEL, InputError, Log
 from critic import PromptCritic
@@ -145,27 +145,19 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
 
 # ---- told to stop ---------------------------------------------------------------------------------------------------
 
-def started(*arguments):
-    """A run that has printed the line of its first step."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in process.stdout:
-        if re.match(r"step +1/", line):
-            return process
-    raise AssertionError(process.stderr.read())
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
-    process = started("sppo.py", *SMALL, "--steps", "1000", "--save-every", "0", "--output", tmp_path / "run")
-    process.send_signal(number)
-    printed, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error
-    last = metrics(tmp_path / "run")[-1]["step"]
-    assert f"Stopped after step {last}, as asked. To continue, run the same command with --resume" in printed
+    command = ["sppo.py", *SMALL, "--save-every", "0", "--output", tmp_path / "run"]
+    with started(*command, "--steps", "1000") as ([process], [printed, error]):
+        wait_for("^step +1/", printed, process)
+        os.kill(process.pid, number)
+        process.join(600)
+        assert process.exitcode == 0, error.read_text()
+        last = metrics(tmp_path / "run")[-1]["step"]
+        assert f"Stopped after step {last}, as asked. To continue, run the same command with --resume" in printed.read_text()
     assert checkpoints(tmp_path / "run") == [f"step-{last:08d}"]
     if number == signal.SIGTERM:  # nothing is left to train: the model is saved
-        done = run("sppo.py", *SMALL, "--steps", last, "--save-every", "0", "--output", tmp_path / "run", "--resume")
+        done = run(*command, "--steps", last, "--resume")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run/model/model.safetensors").exists() and metrics(tmp_path / "run")[-1]["step"] == last
 
@@ -177,22 +169,23 @@ import time
 from sppo import Baseline, TrainConfig, train
 class Slow(Baseline):
     def advantages(self, batch):
-        print("step 1/ takes long", flush=True)
+        print("step 1 takes long", flush=True)
         for _ in range(6000):  # a signal that comes just before a sleep is only handled after it
             time.sleep(0.1)
 train(TrainConfig.parse(""), Slow)
 """)
-    process = started(tmp_path / "slow.py", *SMALL, "--output", tmp_path / "run")
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    assert any("Stopping after this step" in line for line in process.stderr)
-    other = run("sppo.py", *SMALL, "--output", tmp_path / "run")
-    assert other.returncode == 2 and "another run is writing into" in other.stderr
-    assert process.poll() is None
-    time.sleep(2.1)  # by then the second comes later than with the first
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=600) == -signal.SIGINT
-    process.communicate()
+    with started(tmp_path / "slow.py", *SMALL, "--output", tmp_path / "run") as ([process], [printed, error]):
+        wait_for("^step 1 takes long", printed, process)
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
+        wait_for("Stopping after this step", error, process)
+        other = run("sppo.py", *SMALL, "--output", tmp_path / "run")
+        assert other.returncode == 2 and "another run is writing into" in other.stderr
+        assert process.is_alive()
+        time.sleep(2.1)  # by then the second comes later than with the first
+        os.kill(process.pid, signal.SIGINT)
+        process.join(600)
+        assert process.exitcode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("death", ["raise RuntimeError('the first error')", "os.kill(os.getpid(), 9)"])
