@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -89,6 +90,8 @@ def torchrun(*arguments, ranks, timeout=600):
 
 
 def become(arguments, variables, outputs):
+    from tqdm import tqdm
+    tqdm.set_lock(threading.RLock())  # or all forks share one, and who is killed while it prints would hold it for ever
     os.setsid()
     for number, file in enumerate(outputs, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -10,11 +10,13 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401 - the parts that a run imports late
+from tqdm import tqdm
 
 import sppo
 
@@ -25,6 +27,7 @@ last = int(options[options.index("--steps") + 1])
 def start():
     child = os.fork()
     if child == 0:
+        tqdm.set_lock(threading.RLock())  # or all children share one, and who is killed while it prints holds it for ever
         sys.argv = ["sppo.py", *options, "--output", str(folder), "--resume"]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
