@@ -7,25 +7,28 @@ of it is on the disk: whenever the run is killed, the last complete checkpoint r
 can read it. Nothing is pickled, so reading one runs no code. `state.json` has everything that is no tensor,
 and the size of every file, so that a truncated file is noticed.
 
-Below them are the beginning of a run (`begin`: resume, open the log) and its end (`finish`: save the model).
+Below them: `lock`, one run per folder, and `Stop`, for a run that is asked to stop.
 """
 import contextlib
 import dataclasses
 import fcntl
 import json
 import os
-import runpy
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from cli import InputError, Log, from_rank_0, is_main, say
+from cli import InputError, is_main, say
+from machine import from_rank_0
 
 FORMAT = "sppo checkpoint 3"
 FILE_BYTES = 8 << 30  # about, of all ranks together
+KEEP = 2  # the newest checkpoints: the older one is for a disk that spoils the newer
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ def existing(output):
 
 
 def save(run, baseline, log, step):
-    """All ranks. Writes a checkpoint, and deletes all but the newest `--keep`. Returns whether it was saved.
+    """All ranks. Writes a checkpoint, and deletes all but the newest KEEP. Returns whether it was saved.
 
     If there is no room for it, a warning says so, the earlier ones remain, and the run continues.
     """
@@ -75,7 +78,7 @@ def save(run, baseline, log, step):
         if not problem:
             # Those of later steps are broken: this run skipped them when it was resumed.
             done = [path for path in existing(run.config.output) if path <= final]
-            for old in {*existing(run.config.output)} - {*done[-run.config.keep :]}:
+            for old in {*existing(run.config.output)} - {*done[-KEEP :]}:
                 with contextlib.suppress(OSError):
                     # Renamed first: an interrupted deletion leaves nothing that looks like a checkpoint.
                     shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))
@@ -198,7 +201,7 @@ def _is_complete(path):
     return not problem
 
 
-# ---- the beginning and the end of a run --------------------------------------------------------------------
+# ---- one run per folder, and a run that is asked to stop ---------------------------------------------------
 
 def lock(output):
     """Keeps other runs from writing into this output folder for as long as this process
@@ -214,35 +217,31 @@ def lock(output):
     return held
 
 
-def begin(run, baseline):
-    """(the step after which the run resumes, or 0; its Log). Until then, nothing is written
-    into the output folder."""
-    c, logs, run.lock = run.config, [], []
-    if c.explain:  # another log, and nothing is written
-        return runpy.run_module("tools.explain")["begin"](run, baseline)
-    if problem := first_problem(lambda: is_main() and run.lock.append(lock(c.output))):
-        raise InputError(f"{c.output}: {problem}")
-    step = resume(run, baseline)
-    if problem := first_problem(lambda: logs.append(Log(c, step))):
-        raise InputError(f"{c.output}: cannot be written ({problem})")
-    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; "
-        f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
-        f"{len(run.problems):,} problems of {c.dataset}, {len(run.held_out)} more held out")
-    return step, logs[0]
+class Stop:
+    """After SIGTERM or Ctrl-C the running step is finished and saved; a second signal ends the process.
 
+    A second one within two seconds is ignored: schedulers and torchrun often send two for one request.
+    """
 
-def finish(run, log):
-    """Saves the model for transformers and vLLM, says what happened, and ends the processes."""
-    c, folder = run.config, f"{run.config.output}/model"
-    if log.step == c.steps:
-        problem = (first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
-                   or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder)))
-        if problem:
-            advice = ("make room, and run the same command with --resume" if existing(c.output)
-                      else "there is no checkpoint: this training is lost")
-            raise InputError(f"{folder}: the trained model could not be saved ({problem}); {advice}")
-    log.finish(run.tokenizer, run.clock.total)
-    run.verifier.close()
-    run.engine.close()  # before the process group, which vLLM may end itself
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    def __init__(self):
+        self.requested = 0.0  # when the first signal came; 0 if none has
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number, frame):
+        now = time.monotonic()
+        if self.requested and now - self.requested > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested = self.requested or now
+        with contextlib.suppress(OSError):
+            if is_main():
+                # Not `print`: the signal may have interrupted a print, which cannot be entered twice.
+                os.write(2, b"\nStopping after this step and a checkpoint; once more to stop at once.\n")
+
+    def on_any_rank(self):
+        """Whether any rank was asked to stop. All must stop in the same step: a rank that stopped by itself
+        would leave the others waiting for it in a collective."""
+        requested = torch.tensor(int(self.requested > 0))
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        return bool(requested)

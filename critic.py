@@ -39,7 +39,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import load_tokenizer, render
-from sharded import ShardedModel, load, mean_of
+from machine import load
+from sharded import ShardedModel, mean_of
 
 
 class ValueModel(nn.Module):
@@ -84,25 +85,26 @@ class PromptCritic(ShardedModel):
         return [render(p.messages, self.tokenizer) for p in problems]
 
     def forward(self, prompts):
-        """(logits of V [b, 1],) for lists of token ids, with gradient. Without prompts it returns [0, 1] and
+        """Logits of V [b] for lists of token ids, with gradient. Without prompts it returns [0] and
         still runs the model, since all ranks must gather weights together."""
         rows = prompts or [[0]]
         ids = pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)
         last = torch.tensor([i * ids.shape[1] + len(prompt) - 1 for i, prompt in enumerate(rows)])
-        return (self.module(ids.to(self.device), last.to(self.device))[: len(prompts), None],)
+        return self.module(ids.to(self.device), last.to(self.device))[: len(prompts)]
 
     def logits(self, prompts):
         """Logits [B] of V, without gradient, on the CPU, the same on every rank."""
-        return self.infer(prompts, [len(p) for p in prompts], width=1)[:, 0]
+        return self.infer(self.forward, prompts, [len(p) for p in prompts], (len(prompts),))
 
     def update(self, prompts, rewards):
         """One epoch of BCE(V(s), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
         steps = []
         with self.on_device():
             for start in range(0, len(prompts), self.minibatch):
-                chunk, targets = prompts[start:][: self.minibatch], rewards[start:][: self.minibatch]
+                chunk = prompts[start : start + self.minibatch]
+                targets = rewards[start : start + self.minibatch]
                 for rows in self.micro_batches([len(p) for p in chunk]):
-                    logits = self.forward([chunk[row] for row in rows])[0][:, 0]
+                    logits = self.forward([chunk[row] for row in rows])
                     target = targets[rows].to(logits.device)
                     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
                     self.backward(loss / len(chunk), {})

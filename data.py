@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cli import BUILTIN_MODEL, InputError, from_rank_0, say
+from cli import BUILTIN_MODEL, InputError, say
+from machine import from_rank_0
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cli import InputError, progress
+from cli import InputError
+from log import progress
 
 
 @dataclass

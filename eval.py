@@ -22,12 +22,13 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
-from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, progress, say
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
 from data import check_model, load_problems, load_tokenizer, render
 from engines import make_engine
+from log import progress
+from machine import check_ranks, compute_dtype, init_distributed
 from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
-from rollout import RolloutFile, sample_and_verify
-from sharded import check_ranks, compute_dtype, init_distributed
+from rollout import sample_and_verify
 
 # Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
 BENCHMARKS = {
@@ -135,6 +136,57 @@ def fingerprint(model, trust_remote_code):
         return hashlib.sha1(weights.read(1 << 20)).hexdigest()
 
 
+# ---- the file of an evaluation -----------------------------------------------------------------------------
+
+class RolloutFile:
+    """A line that says what was evaluated, then a line a response.
+
+    All ranks append to it, each line in one write, which keeps lines whole on any file system but NFS. What
+    was there when it was opened is in `done`: {(benchmark, problem, sample): line}.
+    """
+
+    def __init__(self, path, settings):
+        """All ranks. Raises InputError if the file holds an evaluation with other settings."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("ab", buffering=0)
+        if is_main():
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            self.file.truncate(whole)  # a last line without an end was being written when it was stopped
+            if not whole:
+                self.write(settings)
+        dist.barrier()
+        before, self.done = read_rollouts(self.path)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise InputError(f"{path}: holds an evaluation with {name} {before.get(name)!r}, and this "
+                                 f"one has {value!r}; give another --output, or delete that file")
+
+    def write(self, line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+
+    def finish(self):
+        """All ranks; returns the lines of all."""
+        self.file.close()
+        dist.barrier()
+        return read_rollouts(self.path)[1]
+
+
+def read_rollouts(path):
+    """(settings, {(benchmark, problem, sample): line}) of a file that eval.py wrote."""
+    settings, responses = {}, {}
+    try:
+        for line in map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1]):
+            if "model" in line:
+                settings = line
+            else:
+                responses[line["benchmark"], line["problem"], line["sample"]] = line
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); give a file that "
+                         "eval.py wrote") from None
+    return settings, responses
+
+
 # ---- while training ----------------------------------------------------------------------------------------
 
 def load_eval_benchmarks(c, tokenizer):
@@ -175,12 +227,11 @@ class EvalConfig(CommandLine):
     top_p: float = option(TOP_P, "only the likeliest tokens of this total probability", positive=True, most=1)
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
-    seed: int = option(0, "of sampling")
+    seed: int = option(0, "seed for sampling")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
     vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory", most=1)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
-    reward_workers: int = option(2, "verifier processes on each rank", positive=True)
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
@@ -196,7 +247,6 @@ class EvalConfig(CommandLine):
             raise InputError("--temperature 0: greedy responses are all the same; give --samples 1")
 
 
-@clear_errors()
 def run_evaluation(c):
     """Samples what is not in the output file yet, verifies it, and prints the table."""
     c.check()
@@ -225,7 +275,7 @@ def run_evaluation(c):
     todo = [job for job in jobs.items() if job[0] not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
-    verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)
+    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)
     engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
@@ -302,4 +352,5 @@ def report(c, records, verifier, path):
 
 
 if __name__ == "__main__":
-    run_evaluation(EvalConfig.parse(__doc__))
+    with clear_errors():
+        run_evaluation(EvalConfig.parse(__doc__))

@@ -12,7 +12,7 @@ the group has no gradient: `group/all_equal` is the share of such prompts, too e
 from dataclasses import dataclass
 from typing import Literal
 
-from cli import InputError, option
+from cli import InputError, clear_errors, option
 from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -109,5 +109,6 @@ class GRPOConfig(TrainConfig):
 
 
 if __name__ == "__main__":
-    config = GRPOConfig.parse(__doc__)
-    train(config, {"grpo": GRPO, "rloo": RLOO, "remax": ReMax}[config.baseline])
+    with clear_errors():
+        config = GRPOConfig.parse(__doc__)
+        train(config, {"grpo": GRPO, "rloo": RLOO, "remax": ReMax}[config.baseline])

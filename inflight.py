@@ -12,7 +12,7 @@ Four things keep this correct.
    trains on exactly the responses that it generated, long and short.
 3. The baseline. A reward is compared with what was expected when its response was started. The expectation
    rises as the policy improves: compared with today's, a long response would seem worse than it was.
-4. Age. A response that was started `--max-staleness` steps ago is waited for. (Dropping it would bring back
+4. Age. A response that was started MAX_AGE steps ago is waited for. (Dropping it would bring back
    the bias against long responses.) The engine stays busy: whatever else finishes is ready for the next step.
 
 Only for algorithms with one sample per prompt: those that compare the samples of a group must wait for all of
@@ -25,6 +25,8 @@ import torch
 
 from cli import InputError
 from rollout import Batch, Problem, Response
+
+MAX_AGE = 8  # steps: older responses are waited for
 
 
 @dataclass(eq=False)  # compared by identity: two responses to a problem may look the same
@@ -58,7 +60,7 @@ class InFlight:
                              for p, value in zip(problems, expected, strict=True)]
         unfinished = [s for s in self.started if s.reward is None]
         finished = len(self.started) - len(unfinished)
-        overdue = {i for i, s in enumerate(unfinished) if step - s.step >= c.max_staleness}
+        overdue = {i for i, s in enumerate(unfinished) if step - s.step >= MAX_AGE}
         done = self.sampler.generate(
             [s.prompt for s in unfinished], [s.problem.answer for s in unfinished],
             [c.temperature] * len(unfinished), partial=[s.response for s in unfinished], wait_for=overdue,

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cli import InputError, from_rank_0
-from sharded import ShardedModel, compiles, load, pad, unflatten
+from cli import InputError
+from machine import compiles, from_rank_0, load
+from sharded import ShardedModel, pad, unflatten
 
 # What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
 OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -32,7 +33,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], and its entropy, without the [N, V] logits.
 
     hidden [N, H], weight [V, H], targets [N] -> logprobs [N], entropy [N] (a metric: no gradient flows
-    through it; 0 without `entropy`). With `compile`, the passes over a chunk of logits become one kernel.
+    through it; 0 without `with_entropy`). With `compile`, passes over a chunk of logits become one kernel.
     """
 
     @staticmethod
@@ -51,11 +52,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         return logits if temperature == 1 else logits / temperature
 
     @staticmethod
-    def chosen(logits, targets, temperature, entropy):
+    def chosen(logits, targets, temperature, with_entropy):
         """[n, V], [n] -> log-probabilities of the targets [n], entropies [n]."""
         logprobs = ChunkedLogProbs.scaled(logits, temperature).log_softmax(-1)
         of_targets = logprobs.gather(-1, targets[:, None])[:, 0]
-        if not entropy:  # another pass over the logits, for a metric
+        if not with_entropy:  # it is another pass over the logits, for a metric
             return of_targets, torch.zeros_like(of_targets)
         return of_targets, -torch.linalg.vecdot(logprobs, logprobs.exp())
 
@@ -67,12 +68,12 @@ class ChunkedLogProbs(torch.autograd.Function):
         return torch.mul(probabilities, factors[:, None], out=rounded)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, compile=False, entropy=True):
+    def forward(ctx, hidden, weight, targets, temperature, compile=False, with_entropy=True):
         ctx.temperature, ctx.rows = temperature, max(1, CHUNK_ELEMENTS // weight.shape[0])
         ctx.compiled = compiled if compile else lambda function: function
         chosen = ctx.compiled(ChunkedLogProbs.chosen)
         parts = [chosen(ChunkedLogProbs.logits(h, weight), target.clone(),  # since views are compiled anew
-                        temperature, entropy)
+                        temperature, with_entropy)
                  for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)]
         logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, logprobs)
@@ -81,7 +82,8 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        """d logprob[target] / d logits = (onehot(target) - softmax) / temperature, chunk by chunk."""
+        """d logprob[target] / d logits = (onehot(target) - softmax) / temperature, chunk by chunk. A row of
+        logits gets -grad * p everywhere, and then grad * (1 - p) at the target."""
         hidden, weight, targets, logprobs = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad = grad / ctx.temperature
@@ -149,7 +151,8 @@ class Policy(ShardedModel):
     def logprobs(self, sequences):
         """Log-probabilities [B, T] of all responses, without gradient, on the CPU, the same on every rank."""
         width = max(len(response) for _, response in sequences)
-        return self.infer(sequences, [len(p) + len(r) for p, r in sequences], width)
+        return self.infer(lambda rows: self.forward(rows)[0], sequences,
+                          [len(p) + len(r) for p, r in sequences], (len(sequences), width))
 
     def weights(self, dtype=None):
         """Yields (Hugging Face name, full tensor) of each parameter in turn: all at once might not fit."""

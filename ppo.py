@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from cli import InputError, option
-from critic import ValueModel, auc
+from cli import InputError, clear_errors, option
+from critic import ValueModel, auc, calibration
 from data import check_model, load_tokenizer
 from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
@@ -76,15 +76,16 @@ class TokenCritic(ShardedModel):
         super().__init__(ValueModel(model, trust_remote_code), device, **options)
 
     def forward(self, sequences):
-        """(the head's outputs [b, T],) at the states of (prompt ids, response ids) pairs, with gradient; 0
+        """The head's outputs [b, T] at the states of (prompt ids, response ids) pairs, with gradient; 0
         past the end of a response."""
         ids, scored, mask = pad(sequences, self.device)
-        return (unflatten(self.module(ids, scored), mask),)
+        return unflatten(self.module(ids, scored), mask)
 
     def values(self, sequences):
         """V(s_t) [B, T] without gradient, on the CPU, the same on every rank."""
         width = max(len(response) for _, response in sequences)
-        outputs = self.infer(sequences, [len(p) + len(r) for p, r in sequences], width)
+        outputs = self.infer(self.forward, sequences, [len(p) + len(r) for p, r in sequences],
+                             (len(sequences), width))
         return outputs.sigmoid() if self.kind == "bce" else outputs
 
     def update(self, batch, old_values, returns):
@@ -92,11 +93,11 @@ class TokenCritic(ShardedModel):
         steps, lengths = [], [len(p) + len(r) for p, r in batch.sequences]
         with self.on_device():
             for start in range(0, len(lengths), self.minibatch):
-                chunk = range(len(lengths))[start:][: self.minibatch]
+                chunk = range(len(lengths))[start : start + self.minibatch]
                 num_tokens = batch.mask[chunk.start : chunk.stop].sum()  # of the mini-batch, over all ranks
                 for rows in self.micro_batches([lengths[i] for i in chunk]):
                     rows = [chunk[row] for row in rows]
-                    outputs, = self.forward([batch.sequences[i] for i in rows])  # [b, t]
+                    outputs = self.forward([batch.sequences[i] for i in rows])  # [b, t]
                     parts = [rows_like(outputs, rows, x) for x in (old_values, returns, batch.mask)]
                     self.backward(value_loss(outputs, *parts, num_tokens, self.kind, self.clip), {})
                 steps.append(self.step())
@@ -117,12 +118,12 @@ class PPO(Baseline):
         self.values = self.critic.values(batch.sequences)
         rewards = torch.zeros_like(self.values)
         rewards[torch.arange(len(rewards)), batch.lengths - 1] = batch.rewards  # earned with the last token
-        advantages, self.returns = gae(rewards, self.values, batch.mask, c.gamma, c.lam)
+        advantages, self.returns = gae(rewards, self.values, batch.mask, lam=c.lam)
         return whiten(advantages, batch.mask)  # over the whole batch, as the papers' code does, then cut
 
     def update(self, batch):
         # V(s_0) has read the prompt alone, like SPPO's. With squared errors it may lie outside of (0, 1).
-        return {**self.calibration(self.values[:, 0].clamp(0.01, 0.99), batch.rewards),
+        return {**calibration(self.values[:, 0].clamp(0.01, 0.99), batch.rewards),
                 **tail_effect(self.values, batch.lengths, batch.rewards),
                 **self.critic.update(batch, self.values, self.returns)}
 
@@ -142,7 +143,6 @@ class PPOConfig(TrainConfig):
     output: str | None = option(None, "folder for metrics and the trained model [runs/ppo or runs/ppo-bce]")
     value_loss: Literal["mse", "bce"] = option("mse", "squared error or cross-entropy", group="algorithm")
     value_clip: float = option(0.5, "with mse: values are clipped to this distance from those when sampled")
-    gamma: float = option(1.0, "discount per token", most=1)
     lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference", most=1)
 
     def __post_init__(self):
@@ -163,4 +163,5 @@ class PPOConfig(TrainConfig):
 
 
 if __name__ == "__main__":
-    train(PPOConfig.parse(__doc__), PPO)
+    with clear_errors():
+        train(PPOConfig.parse(__doc__), PPO)

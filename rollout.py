@@ -3,15 +3,12 @@
 `Sampler.sample` renders problems as prompts, has the engines of all ranks write responses, verifies each one
 as soon as it ends, and returns the same Batch on every rank. Training loop, evaluation and baselines use it.
 """
-import json
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from cli import InputError, is_main
 from data import Problem, render
 from engines import Response
 
@@ -26,12 +23,16 @@ class Batch:
     greedy_rewards: torch.Tensor | None = None  # [number of problems], for a baseline that wants them (ReMax)
     expected: torch.Tensor | None = None  # [B], what `Baseline.expect` gave when these started (--oversample)
     old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None if a step needs none
+    # From the above; T is the longest response.
+    lengths: torch.Tensor = field(init=False)  # [B], tokens of each response
+    mask: torch.Tensor = field(init=False)  # [B, T], True on a response's tokens and False beyond its end
+    rollout_logprobs: torch.Tensor = field(init=False)  # [B, T], as the engine computed them
+    sequences: list[tuple[list[int], list[int]]] = field(init=False)  # [B], (prompt ids, response ids)
 
     def __post_init__(self):
-        self.lengths = torch.tensor([len(r.ids) for r in self.responses])  # [B]
-        # T is the longest response; a row's mask is 1 on its tokens and 0 beyond its end.
-        self.mask = torch.arange(int(self.lengths.max())) < self.lengths[:, None]  # [B, T]
-        self.rollout_logprobs = torch.zeros(self.mask.shape)  # [B, T], as the engine computed them
+        self.lengths = torch.tensor([len(r.ids) for r in self.responses])
+        self.mask = torch.arange(int(self.lengths.max())) < self.lengths[:, None]
+        self.rollout_logprobs = torch.zeros(self.mask.shape)
         self.rollout_logprobs[self.mask] = torch.tensor([lp for r in self.responses for lp in r.logprobs])
         self.sequences = [(p, r.ids) for p, r in zip(self.prompts, self.responses, strict=True)]
 
@@ -120,54 +121,3 @@ class Sampler:
                         "rollout/idle": 1 - sum(written) / max(1, len(prompts) * longest),
                         "reward/timeouts": sum(timeouts), "reward/crashes": sum(crashes)}
         return done
-
-
-# ---- rollouts in a file ------------------------------------------------------------------------------------
-
-class RolloutFile:
-    """The file of an evaluation: a line that says what was evaluated, then a line a response.
-
-    All ranks append to it, each line in one write, which keeps lines whole on any file system but NFS. What
-    was there when it was opened is in `done`: {(benchmark, problem, sample): line}.
-    """
-
-    def __init__(self, path, settings):
-        """All ranks. Raises InputError if the file holds an evaluation with other settings."""
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("ab", buffering=0)
-        if is_main():
-            whole = self.path.read_bytes().rfind(b"\n") + 1
-            self.file.truncate(whole)  # a last line without an end was being written when it was stopped
-            if not whole:
-                self.write(settings)
-        dist.barrier()
-        before, self.done = read_rollouts(self.path)
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise InputError(f"{path}: holds an evaluation with {name} {before.get(name)!r}, and this "
-                                 f"one has {value!r}; give another --output, or delete that file")
-
-    def write(self, line):
-        self.file.write(json.dumps(line).encode() + b"\n")
-
-    def finish(self):
-        """All ranks; returns the lines of all."""
-        self.file.close()
-        dist.barrier()
-        return read_rollouts(self.path)[1]
-
-
-def read_rollouts(path):
-    """(settings, {(benchmark, problem, sample): line}) of a file that eval.py wrote."""
-    settings, responses = {}, {}
-    try:
-        for line in map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1]):
-            if "model" in line:
-                settings = line
-            else:
-                responses[line["benchmark"], line["problem"], line["sample"]] = line
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); give a file that "
-                         "eval.py wrote") from None
-    return settings, responses

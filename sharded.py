@@ -18,150 +18,21 @@ One optimiser step reads like plain PyTorch:
 """
 import contextlib
 import functools
-import importlib.util
 import math
-import os
-import shutil
-import sysconfig
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils.rnn import pad_sequence
 
-from cli import InputError, progress
+from cli import InputError
+from log import progress
+from machine import use_all_cores
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one sentence what is wrong
+# ---- from rank 0 to all ------------------------------------------------------------------------------------
 
-# ---- processes ---------------------------------------------------------------------------------------------
-
-def init_distributed() -> torch.device:
-    """Joins torchrun's process group, or makes a group of one process without torchrun. Returns
-    this rank's device."""
-    if "RANK" not in os.environ:  # port 0: one that nobody uses
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if torch.cuda.is_available():
-        # Memory that can grow in place leaves no gaps too small to use. It must be asked for before CUDA
-        # starts. (vLLM 0.32 turns it off for what its sleep mode manages, and knows this name only.)
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF",
-                              os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"))
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    elif torch.version.cuda and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise InputError(f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: the driver is "
-                         f"probably too old for CUDA {torch.version.cuda}; update it, or set "
-                         "CUDA_VISIBLE_DEVICES= to use the CPU")
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    # Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return device
-
-
-def check_ranks(**sizes):
-    """Raises InputError unless each of these numbers of ranks divides the number of all ranks."""
-    for name, size in sizes.items():
-        if dist.get_world_size() % size:
-            option = f"--{name.replace('_', '-')} {size}"
-            raise InputError(f"{option} does not divide the {dist.get_world_size()} ranks")
-
-
-def use_all_cores():
-    """Gives this process its share of the machine's cores. vLLM 0.32 has set one thread, or torchrun has, but
-    with --offload, AdamW steps on the CPU."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def seed_torch(seed, deterministic):
-    """Seeds torch; `deterministic` also makes it choose kernels that give the same numbers each time."""
-    torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it for this
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def compute_dtype(name, device):
-    """"auto" is bfloat16 where the device computes in it, and float32 elsewhere. Other names
-    are returned as they are.
-
-    A CPU that has no more than AVX2 emulates bfloat16, and is several times slower in it than in float32.
-    """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    has = torch.cpu.get_capabilities()
-    native = has.get("avx512_bf16") or has.get("amx_bf16")
-    # A user can limit torch to less than the processor has, with ATEN_CPU_CAPABILITY.
-    return "bfloat16" if native and "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
-
-
-def compiles():
-    """Whether kernels can be made for this machine's GPU. Triton wants a C compiler and Python's headers."""
-    return (torch.cuda.is_available() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-            and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
-
-
-# ---- loading -----------------------------------------------------------------------------------------------
-
-def causal_attention(module, query, key, value, attention_mask, scaling, **_):
-    """PyTorch's fused causal attention, without a mask: query [b, heads, L, d], key and value
-    [b, key-value heads, L, d] -> [b, L, heads, d], None.
-
-    With padding on the right, no token of a response can see padding, so no mask is needed. A mask would hold
-    L x L numbers, and the fast kernels take none.
-    """
-    length, added = query.shape[2], -query.shape[2] % 256
-    if added and query.is_cuda and query.dtype == torch.bfloat16:
-        # On an H100 or H200, torch takes cuDNN's attention: twice as fast as its other kernels, but it
-        # prepares a plan for each new shape, in 0.1 s. So let there be few: lengths are multiples of 256.
-        query, key, value = (F.pad(x, (0, 0, 0, added)) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return out[:, :, :length].transpose(1, 2).contiguous(), None
-
-
-@functools.cache
-def transformers():
-    """The library, with our attention. It is imported at its first use: --help need not wait for it."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    transformers.AttentionInterface.register("causal", causal_attention)
-    transformers.AttentionMaskInterface.register("causal", lambda *_, **__: None)
-    return transformers
-
-
-def attention_of(config):
-    """The attention for a model's config: "causal", unless some layers see only a window of the past."""
-    config = config.get_text_config()
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    other_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    return "sdpa" if windowed or other_layers else "causal"
-
-
-def load(auto, model, trust_remote_code):
-    """The model as transformers' class `auto` ("AutoModel", ...), with the checkpoint's weights and dtype on
-    rank 0. On other ranks it has no memory (device `meta`) until `ShardedModel` distributes the weights."""
-    config = transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    auto = getattr(transformers(), auto)
-    options = dict(attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
-    if dist.get_rank() == 0:
-        module = auto.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
-    else:
-        with torch.device("meta"):
-            module = auto.from_config(config, **options)
-    if compiles() and importlib.util.find_spec("liger_kernel"):
-        # Norms, rotary embedding and SwiGLU become one kernel each, if this library knows the model: updates
-        # take a sixth less time. (policy.py has its own loss.) transformers' Trainer calls this name too.
-        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-        _apply_liger_kernel_to_instance(model=module, fused_linear_cross_entropy=False)
-    return module
-
-
-def deal_out(module, device):
+def broadcast_from_rank_0(module, device):
     """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`; skips what is
     sharded already. Buffers that no checkpoint has are sent too: rotary frequencies are computed when a model
     is made, which a model on `meta` cannot do."""
@@ -196,17 +67,21 @@ def micro_batches(lengths, budget):
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def belongs(row, batch):
+        """Whether a row is added to this micro-batch. A new one starts where rows become a fifth
+        shorter, to avoid padding. But one that is nearly empty is filled up, because each micro-batch gathers
+        all weights anew."""
+        longest = lengths[batch[0]]
+        fits, few = longest * (len(batch) + 1) <= budget, longest * len(batch) < budget // 8
+        return fits and (few or lengths[row] >= 0.8 * longest)
+
     shares = []  # of all ranks: each rank computes them by itself, without communication
     for r in range(world):
         batches = []
         for row in by_length[r::world]:
-            rows = batches[-1] if batches else []
-            longest = lengths[rows[0]] if rows else budget + 1  # budget + 1: the first row starts a new one
-            # Start a new micro-batch where rows become a fifth shorter, to avoid padding. But fill this one
-            # up while it is nearly empty: each micro-batch gathers all weights anew.
-            few = longest * len(rows) < budget // 8
-            if longest * (len(rows) + 1) <= budget and (few or lengths[row] >= 0.8 * longest):
-                rows.append(row)
+            if batches and belongs(row, batches[-1]):
+                batches[-1].append(row)
             else:
                 batches.append([row])
         shares.append(batches)
@@ -264,33 +139,33 @@ def mesh_of_ranks(kind, replicas):
 
 
 class ShardedModel:
-    """A module sharded over all ranks, with AdamW. Subclasses define `forward(items)`: a tuple of tensors
-    [b, up to T], with gradient, for a list of b items, which may be empty.
+    """A module sharded over all ranks, with AdamW. Subclasses define a forward that takes a list of b items,
+    which may be empty: every rank must run the module, or the others would wait for it.
 
-    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload_between`
-    they are in host memory, except inside `with model.on_device():`.
+    Weights, gradients and optimiser state are float32 shards; compute is in `dtype`. With `offload="all"`
+    they are in host memory; with "between", they are there except inside `with model.on_device():`.
     """
 
     def __init__(self, module, device, *, lr, weight_decay=0.01, max_grad_norm=1.0,
-                 dtype="bfloat16", micro_batch_tokens=18432, checkpoint_activations=True, offload=False,
-                 offload_between=False, replicas=1):
+                 dtype="bfloat16", micro_batch_tokens=18432, checkpoint_activations=True, offload="none",
+                 replicas=1):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         self.device, self.max_grad_norm, self.micro_batch_tokens = device, max_grad_norm, micro_batch_tokens
-        self.dtype, self.offload_between = getattr(torch, dtype), offload_between
-        self.here = True  # whether the weights are on `device`: with offload_between, they move
+        self.dtype, self.offload = getattr(torch, dtype), offload
+        self.is_on_device = True  # with offload="between", the weights move
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if offload and device.type == "cuda":
+        if offload == "all" and device.type == "cuda":
             use_all_cores()
         mesh = mesh_of_ranks(device.type, replicas)
         precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload == "all" else OffloadPolicy()
         # One transformer block at a time, and then the rest: a whole model in float32 might not fit on a GPU.
         # `_no_split_modules` is transformers' list of layer classes that must not be cut: its blocks.
         blocks = set(backbone._no_split_modules or ())
         for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
-            deal_out(part, device)
+            broadcast_from_rank_0(part, device)
             fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=where)
         # Training mode, or transformers checkpoints no activations. No dropout: pi_old and pi must agree.
         self.module = module.train()
@@ -308,7 +183,7 @@ class ShardedModel:
         self.size = sum(p.numel() for p in module.parameters())
         self.updates, self.skipped_in_a_row = 0, 0  # optimiser steps
         self.totals = {}  # loss and metrics of the mini-batch so far, on this rank
-        if offload_between:
+        if offload == "between":
             self._move("cpu")
 
     # ---- where the weights are ----
@@ -319,13 +194,13 @@ class ShardedModel:
         self.module.to(device)
         for state in self.optimizer.state.values() if optimizer else ():
             state.update({name: tensor.to(device) for name, tensor in state.items()})
-        self.here = device != "cpu"
+        self.is_on_device = device != "cpu"
 
     @contextlib.contextmanager
     def on_device(self, optimizer=True):
-        """With offload_between, the model is on the device inside this `with`, and on the host before and
+        """With offload="between", the model is on the device inside this `with`, and on the host before and
         after. Otherwise nothing happens. optimizer: move the optimiser state too, which `step` needs."""
-        if not self.offload_between or self.here:
+        if self.offload != "between" or self.is_on_device:
             yield
             return
         self._move(self.device, optimizer)
@@ -335,7 +210,8 @@ class ShardedModel:
     # ---- one optimiser step ----
 
     def micro_batches(self, lengths):
-        """Yields this rank's micro-batches of a mini-batch, lists of row numbers: see the function above."""
+        """Yields this rank's micro-batches of a mini-batch, lists of row numbers, as the function
+        `micro_batches` above cuts them."""
         batches = micro_batches(lengths, self.micro_batch_tokens)
         for i, rows in enumerate(batches, 1):
             # HSDP adds up the gradients of all replicas once, in the backward of the last micro-batch.
@@ -375,16 +251,20 @@ class ShardedModel:
     # ---- without gradient ----
 
     @torch.no_grad()
-    def infer(self, items, lengths, width):
-        """The first output of `forward` for all items, as [B, width] on the CPU, the same on every rank.
+    def infer(self, forward, items, lengths, shape):
+        """forward(items) as a tensor of this shape, [B] or [B, T], on the CPU, the same on every rank.
 
-        The ranks share the work. lengths: tokens of each item.
+        The ranks share the work. forward: takes a list of items, returns [b] or [b, up to T]. lengths: tokens
+        of each item.
         """
-        result = torch.zeros(len(items), width)
+        result = torch.zeros(shape)
         with self.on_device(optimizer=False):
             for rows in self.micro_batches(lengths):
-                part = self.forward([items[row] for row in rows])[0]
-                result[rows, : part.shape[1]] = part.cpu().float()
+                part = forward([items[row] for row in rows]).cpu().float()
+                if part.dim() == 1:
+                    result[rows] = part
+                else:
+                    result[rows, : part.shape[1]] = part  # 0 beyond the longest of these
         dist.all_reduce(result)  # each row was written by one rank and is 0 on the others
         return result
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cli import InputError, option, say
+from cli import InputError, clear_errors, option, say
+from critic import calibration
 from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -43,15 +44,15 @@ class ValueTracker:
         """v [len(ids)], float64."""
         return self.alpha[ids] / (self.alpha[ids] + self.beta[ids])
 
-    def update(self, ids, rewards, kl):
-        """ids, rewards, kl (D) [n], in the order sampled; a prompt may occur more than once."""
-        for i, r, rho in zip(ids, rewards, self.rho(kl), strict=True):
+    def update(self, ids, rewards, distance):
+        """ids, rewards, distance (D) [n], in the order sampled; a prompt may occur more than once."""
+        for i, r, rho in zip(ids, rewards, self.rho(distance), strict=True):
             self.alpha[i] = rho * self.alpha[i] + r
             self.beta[i] = rho * self.beta[i] + 1 - r
 
-    def rho(self, kl):
-        """How much of the past is kept, for a policy that has moved by kl (D)."""
-        rho = 2.0 ** (-np.asarray(kl, dtype=np.float64) / self.half_life)
+    def rho(self, distance):
+        """How much of the past is kept, for a policy that has moved by this distance (D)."""
+        rho = 2.0 ** (-np.asarray(distance, dtype=np.float64) / self.half_life)
         return np.clip(rho, self.rho_min, self.rho_max)
 
     def sampling_weights(self):
@@ -130,8 +131,8 @@ class SPO(Baseline):
             # The trainer's, not the engine's: their difference is not the policy's movement.
             logprobs = self.run.policy.logprobs(batch.sequences)
         self.distance = self.moved(batch)
-        for problem, (_, ids), values in zip(batch.problems, batch.sequences, logprobs, strict=True):
-            self.last[problem.id] = torch.tensor(ids, dtype=torch.int32), values[: len(ids)].half()
+        for problem, (_, ids), row in zip(batch.problems, batch.sequences, logprobs, strict=True):
+            self.last[problem.id] = torch.tensor(ids, dtype=torch.int32), row[: len(ids)].half()
         self.values = batch.expected  # v from before the update: it must not have seen these rewards
         if self.values is None:
             self.values = torch.tensor(self.expect(batch.problems), dtype=torch.float32)
@@ -139,7 +140,7 @@ class SPO(Baseline):
 
     def update(self, batch):
         self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
-        return {**self.calibration(self.values, batch.rewards),
+        return {**calibration(self.values, batch.rewards),
                 # Responses that were sampled before step 1, of which `reward` and lengths know nothing.
                 "tracker/init_samples": self.run.config.init_samples * len(self.run.problems),
                 "tracker/distance": self.distance.mean(),
@@ -182,4 +183,5 @@ class SPOConfig(TrainConfig):
 
 
 if __name__ == "__main__":
-    train(SPOConfig.parse(__doc__), SPO)
+    with clear_errors():
+        train(SPOConfig.parse(__doc__), SPO)

@@ -12,30 +12,34 @@ Then subtract what a scalar critic expected, which reads the prompt alone:
               where A < 0, but never less than 3 A           (the dual clip, --dual-clip)
     fit V with binary cross-entropy against R
 
-There is no group of samples per prompt as in GRPO, and no value per token as in PPO.
+There is no group of samples per prompt as in GRPO, and no value per token as in PPO. There is no KL penalty
+either, and so no reference model: the reward is checked by a program, which the policy cannot please by
+drifting into nonsense, and the clip limits each step. The paper's runs have none.
 
 Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, all in this file. Then
 critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
 spo.py) import the loop from here and define their own baseline.
 """
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import data
-from cli import BUILTIN_MODEL, Clock, CommandLine, InputError, Stop, clear_errors, option, say
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
 from critic import PromptCritic, calibration
 from engines import make_engine
 from eval import evaluate_policy, load_eval_benchmarks
 from inflight import InFlight
+from log import Clock, Log
+from machine import check_ranks, compute_dtype, init_distributed, seed_torch
 from policy import Policy
 from reward import Verifier
 from rollout import Sampler
-from sharded import check_ranks, compute_dtype, init_distributed, mean_of, rows_like, seed_torch
+from sharded import mean_of, rows_like
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
 
@@ -45,8 +49,8 @@ def sequence_advantages(rewards, value_logits):
 
 
 def sequence_mean(advantages, lengths):
-    """Weights advantages [B] or [B, T] for `--loss-mean sequence`. Each response then counts the same in the
-    loss, whatever its length. Without this, each token does. lengths [B]."""
+    """Weights advantages [B] or [B, T] for `--loss-mean sequence`, so that each response counts the same in
+    the loss, whatever its length. Without this, each token counts the same. lengths [B]."""
     weights = lengths.float().mean() / lengths
     return advantages * (weights if advantages.dim() == 1 else weights[:, None])
 
@@ -70,47 +74,65 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_low=0.
         advantages = advantages[:, None]  # [B, 1]: a response is one action, with one advantage for all of it
     num_tokens = mask.sum() if num_tokens is None else num_tokens
     log_ratio = (logprobs - old_logprobs) * mask  # 0 beyond a response's end
-    ratio = log_ratio.clamp(-20, 20).exp()  # exp(20) is clipped anyway, and exp(100) would be infinite
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    ratio = log_ratio.clamp(-20, 20).exp()  # bounded, because exp(89) is infinite in float32
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     # The smaller of the two: when the ratio has left the clip range in the direction that A asks for, the
     # objective is constant and the token has no gradient. In the other direction it has one, so that a
     # wrong move can be undone.
-    objective = torch.minimum(free, clipped)
+    objective = torch.minimum(unclipped, clipped)
     if dual_clip is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
     loss = -(objective * mask).sum() / num_tokens
     with torch.no_grad():
         def share(x):
             return (x * mask).sum() / num_tokens
-        metrics = {"clip_fraction": share(clipped < free),
+        metrics = {"clip_fraction": share(clipped < unclipped),  # the minimum is the clipped one: no gradient
                    "kl": share(ratio - 1 - log_ratio)}  # how far the policy is from the one that sampled
         if dual_clip is not None:
-            metrics["dual_clip_fraction"] = share((advantages < 0) & (free < dual_clip * advantages))
+            metrics["dual_clip_fraction"] = share((advantages < 0) & (unclipped < dual_clip * advantages))
     return loss, metrics
 
 
 # ---- baselines: what is subtracted from the reward ---------------------------------------------------------
+
+@dataclass
+class Run:
+    """The parts of a run, as `train` puts them together. Loop, baselines and checkpoints use these names."""
+    config: "TrainConfig"  # the options
+    device: torch.device  # this rank's
+    tokenizer: object  # the policy's
+    problems: list[data.Problem]  # to train on
+    held_out: list[data.Problem]  # only evaluated on
+    benchmarks: dict[str, list[data.Problem]]  # of --eval-benchmarks
+    verifier: Verifier  # response, gold answer -> reward
+    engine: object  # samples: vLLM, or transformers
+    sampler: Sampler  # problems -> verified Batch
+    in_flight: InFlight  # the same for --oversample
+    policy: Policy  # the model that is trained
+    clock: Clock  # seconds of training, by phase
+    lock: object = None  # keeps other runs out of the output folder
+
 
 class Baseline:
     """What differs between algorithms. A new one defines `advantages`, and `update` if it learns."""
     samples_per_prompt = 1
     wants_greedy = False  # also sample each prompt's greedy response, in the same pass of the engine
     critic = None  # a ShardedModel that this baseline trains, if it does
-    calibration = staticmethod(calibration)  # here, since SPO, without a critic, reports these metrics too
 
     def __init__(self, run):
-        self.run = run  # the parts of the run by name, as `train` puts them together
+        self.run = run  # a Run
 
     def next_problems(self, first, count):
         """Problems number `first` to `first + count` of the run: by default each once an epoch, shuffled."""
         return data.shuffled_epochs(self.run.problems, first, count, self.run.config.seed)
 
     def advantages(self, batch):
-        """What the policy loss multiplies: [B], or [B, T] for an algorithm with a value per token."""
+        """What the policy loss multiplies: [B], or [B, T] for an algorithm with a value per token. What
+        `update` will need of this batch, such as V, may be kept on self."""
         raise NotImplementedError
 
     def update(self, batch):
-        """Learns from the batch after the policy did. Returns metrics."""
+        """Learns from the batch that `advantages` has seen, after the policy did. Returns metrics."""
         return {}
 
     def expect(self, problems):
@@ -145,7 +167,7 @@ class SPPO(Baseline):
         return sequence_advantages(batch.rewards, self.logits)
 
     def update(self, batch):
-        before = self.calibration(self.logits.sigmoid(), batch.rewards)
+        before = calibration(self.logits.sigmoid(), batch.rewards)
         return {**before, **self.critic.update(self.prompts, batch.rewards)}
 
     def expect(self, problems):
@@ -157,7 +179,7 @@ class SPPO(Baseline):
 def training_loop(run, baseline, log, last_step):
     """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run`
     together."""
-    c, policy, engine, clock, stop = run.config, run.policy, run.engine, run.clock, Stop()
+    c, policy, engine, clock, stop = run.config, run.policy, run.engine, run.clock, checkpoint.Stop()
     engine.sync(policy.weights())  # wakes the engine. From here on it sleeps only while the models train
     if not last_step:
         evaluate_policy(run, log, 0)
@@ -174,11 +196,11 @@ def training_loop(run, baseline, log, last_step):
         engine.sleep()
 
         # 2. pi_old, for the ratio. With a single mini-batch it is the policy itself: nothing to compute.
-        size = c.minibatch * baseline.samples_per_prompt  # responses in a mini-batch
+        minibatch_size = c.minibatch * baseline.samples_per_prompt  # responses in a mini-batch
         with clock("logprobs"):
             if c.old_logprobs == "rollout":
                 batch.old_logprobs = batch.rollout_logprobs
-            elif size < len(batch.responses):
+            elif minibatch_size < len(batch.responses):
                 batch.old_logprobs = policy.logprobs(batch.sequences)
 
         # 3. The advantage: the reward minus the baseline.
@@ -187,8 +209,10 @@ def training_loop(run, baseline, log, last_step):
 
         # 4. One epoch of clipped policy steps.
         with clock("update"), policy.on_device():
-            rows = range(len(batch.responses))
-            updates = [policy_step(policy, batch, rows[i : i + size], advantages, c) for i in rows[::size]]
+            rows, updates = range(len(batch.responses)), []
+            for start in rows[::minibatch_size]:
+                minibatch = rows[start : start + minibatch_size]
+                updates.append(policy_step(policy, batch, minibatch, advantages, c))
 
         # 5. The baseline learns from what happened.
         with clock("critic"):
@@ -205,10 +229,10 @@ def training_loop(run, baseline, log, last_step):
             evaluate_policy(run, log, step)
         log.write(step, clock.total)
         stopping = stop.on_any_rank() and step < c.steps
-        if stopping or c.save_every and step % c.save_every == 0:
+        if stopping or (c.save_every and step % c.save_every == 0):
             saved = checkpoint.save(run, baseline, log, step)
-        if stopping and not saved:
-            raise InputError(f"{c.output}: stopped after step {step}, with no room for its checkpoint")
+            if stopping and not saved:
+                raise InputError(f"{c.output}: stopped after step {step}, with no room for its checkpoint")
         if stopping:
             break
 
@@ -218,17 +242,18 @@ def policy_step(policy, batch, rows, advantages, config):
 
     Returns metrics: means over the tokens of all responses that have a gradient.
     """
+    rows = list(rows)
     if config.loss_mean == "sequence":
         advantages = advantages.clone()
-        advantages[list(rows)] = sequence_mean(advantages[list(rows)], batch.lengths[list(rows)])
-    # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards.
-    useful = [i for i in rows if advantages[i].any()] or [rows[0]]
-    # The loss is the mean over all tokens of the mini-batch, on all ranks. Tokens of responses that were left
-    # out count too. The sum below is divided by the tokens kept, so advantages are multiplied by kept / all.
+        advantages[rows] = sequence_mean(advantages[rows], batch.lengths[rows])
+    # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards. If
+    # none is left, one is kept, because every rank must come to the optimiser step.
+    useful = [i for i in rows if advantages[i].any()] or rows[:1]
     num_tokens = batch.mask[useful].sum()
-    advantages = advantages * (num_tokens / batch.mask[list(rows)].sum())
-    for micro in policy.micro_batches([len(p) + len(r) for p, r in (batch.sequences[i] for i in useful)]):
-        micro = [useful[i] for i in micro]
+    # The loss is the mean over all tokens of the mini-batch, on all ranks, and those left out count too.
+    share = num_tokens / batch.mask[rows].sum()
+    for places in policy.micro_batches([sum(map(len, batch.sequences[i])) for i in useful]):
+        micro = [useful[place] for place in places]  # numbers of responses
         logprobs, entropy = policy.forward([batch.sequences[i] for i in micro])  # [b, t], with gradient
         rollout, mask, advantage = (rows_like(logprobs, micro, x)
                                     for x in (batch.rollout_logprobs, batch.mask, advantages))
@@ -243,40 +268,75 @@ def policy_step(policy, batch, rows, advantages, config):
         # --old-logprobs rollout, this also holds how far the policy has moved since the tokens were sampled.
         trainer = logprobs.detach() if config.old_logprobs == "rollout" else old
         metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / num_tokens
-        policy.backward(loss, metrics)
+        policy.backward(loss * share, metrics)
     return {f"policy/{name}": value for name, value in policy.step().items()}
 
 
 @record  # so that torchrun shows the first error of any rank last
-@clear_errors()
 def train(config, make_baseline):
-    """Trains `config.model`, with what `make_baseline(run)` returns subtracted from the reward."""
-    # The parts of the run. The loop, baselines and checkpoints know them by these names.
-    c, run = config, SimpleNamespace(config=config)
+    """Trains `config.model`. `make_baseline(run)` builds the algorithm: `SPPO`, or another `Baseline`."""
+    c = config
     c.check()
     say(f"Loading {c.model} and its engine; training starts in a few seconds.")
-    run.tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
-    run.verifier = Verifier(c.reward_workers, c.reward_timeout, c.answer)  # response, gold answer -> 1 or 0
+    tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
+    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)  # response, gold answer -> 1 or 0
     # Problems are chat messages and gold answers. Those held out are only evaluated on.
-    run.problems, run.held_out = data.training_problems(c, run.tokenizer)
-    run.benchmarks = load_eval_benchmarks(c, run.tokenizer)  # for --eval-benchmarks
-    run.device = init_distributed()  # every rank runs this same function, on a GPU of its own
+    problems, held_out = data.training_problems(c, tokenizer)
+    benchmarks = load_eval_benchmarks(c, tokenizer)  # for --eval-benchmarks
+    device = init_distributed()  # every rank runs this same function, on a GPU of its own
     check_ranks(tensor_parallel=c.tensor_parallel, replicas=c.replicas)
-    c.dtype = compute_dtype(c.dtype, run.device)
-    data.drop_unverifiable(run.problems, run.held_out, run.verifier, c.dataset)
+    c.dtype = compute_dtype(c.dtype, device)
+    data.drop_unverifiable(problems, held_out, verifier, c.dataset)
     seed_torch(c.seed, c.deterministic)
-    run.clock = Clock(run.device)
+    clock = Clock(device)
     # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
-    max_tokens = c.max_prompt_tokens + c.max_response_tokens
-    run.engine = make_engine(c, c.model, run.tokenizer, run.device, max_tokens)
-    run.engine.sleep()
-    run.sampler = Sampler(c, run.tokenizer, run.engine, run.verifier, run.clock)  # problems -> verified Batch
-    run.in_flight = InFlight(c, run.sampler, run.problems)  # the same for --oversample
-    run.policy = Policy(c.model, run.device, temperature=c.temperature, **c.training_options())
+    engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
+    engine.sleep()
+    sampler = Sampler(c, tokenizer, engine, verifier, clock)
+    policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
+    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, engine, sampler,
+              InFlight(c, sampler, problems), policy, clock)
     baseline = make_baseline(run)
-    last_step, log = checkpoint.begin(run, baseline)  # with --resume, from the newest checkpoint
+    last_step, log = begin(run, baseline)  # with --resume, from the newest checkpoint
     training_loop(run, baseline, log, last_step)
-    checkpoint.finish(run, log)
+    finish(run, log)
+
+
+def begin(run, baseline):
+    """(the step after which the run resumes, or 0; its Log). Until then, nothing is written
+    into the output folder."""
+    c, locks, logs = run.config, [], []
+    if c.explain:  # another log, and nothing is written
+        from explain import Watch
+        return 0, Watch(run, baseline, clipped_policy_loss)
+    if problem := checkpoint.first_problem(lambda: is_main() and locks.append(checkpoint.lock(c.output))):
+        raise InputError(f"{c.output}: {problem}")
+    run.lock = locks  # an open file: it keeps other runs out of the folder
+    step = checkpoint.resume(run, baseline)
+    if problem := checkpoint.first_problem(lambda: logs.append(Log(c, step))):
+        raise InputError(f"{c.output}: cannot be written ({problem})")
+    say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; "
+        f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
+        f"{len(run.problems):,} problems of {c.dataset}, {len(run.held_out)} more held out")
+    return step, logs[0]
+
+
+def finish(run, log):
+    """Saves the model for transformers and vLLM, says what happened, and ends the processes."""
+    c, folder = run.config, f"{run.config.output}/model"
+    if log.step == c.steps:
+        first_problem = checkpoint.first_problem
+        problem = (first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
+                   or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder)))
+        if problem:
+            advice = ("make room, and run the same command with --resume" if checkpoint.existing(c.output)
+                      else "there is no checkpoint: this training is lost")
+            raise InputError(f"{folder}: the trained model could not be saved ({problem}); {advice}")
+    log.finish(run.tokenizer, run.clock.total)
+    run.verifier.close()
+    run.engine.close()  # before the process group, which vLLM may end itself
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- the options -------------------------------------------------------------------------------------------
@@ -298,38 +358,34 @@ class TrainConfig(CommandLine):
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
     critic_lr: float = option(5e-6, "learning rate of the critic")
-    weight_decay: float = option(0.01, "AdamW's weight decay, for the policy")
-    critic_weight_decay: float = option(0.01, "AdamW's weight decay, for the critic")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
     dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
     loss_mean: Literal["token", "sequence"] = option("token", "each token weighs the same, or each response")
     old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: recomputed, or the engine's: free")
-    seed: int = option(0, "of data order and sampling")
+    seed: int = option(0, "seed for data order and sampling")
 
     temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
     vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples", most=1)
     oversample: float = option(0.0, "extra prompts in flight, as a share: train on the first to finish")
-    max_staleness: int = option(8, "with --oversample: wait for responses this many steps old", positive=True)
-    reward_workers: int = option(2, "verifier processes on each rank", positive=True)
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
 
     micro_batch_tokens: int = option(18432, "tokens in one forward", group="memory and speed", positive=True)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
     checkpoint_activations: bool = option(True, "recompute activations in the backward: saves memory")
     replicas: int = option(1, "copies of the sharded model, say one a node (HSDP)", positive=True)
-    offload: bool = option(False, "keep weights and optimiser state in host memory")
-    offload_between: bool = option(False, "keep only those of the model in use on the device: faster")
+    offload: Literal["none", "between", "all"] = option(
+        "none", "weights and optimiser state in host memory: between turns (faster), or always (smaller)")
 
     eval_every: int = option(10, "steps between evaluations on held-out problems (0: never)", group="running")
     eval_problems: int = option(256, "problems held out of the dataset, a fifth of it at most")
     eval_benchmarks: tuple[str, ...] = option((), "also evaluate on these benchmarks of eval.py, or files")
     eval_samples: int = option(1, "responses per problem of a benchmark", positive=True)
     save_every: int = option(20, "steps between checkpoints (0: only when the run is asked to stop)")
-    keep: int = option(2, "how many checkpoints to keep: the newest", positive=True)
     resume: bool = option(False, "continue from the newest checkpoint in --output, if there is one")
     deterministic: bool = option(False, "the same command gives the same numbers on the same CPU; slower")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
@@ -346,8 +402,6 @@ class TrainConfig(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step "
                              f"{self.prompts_per_step}; choose a divisor of it")
-        if self.offload and self.offload_between:
-            raise InputError("--offload and --offload-between exclude each other; choose one")
         # One response may come from several policies, of which only the engine knew the log-probabilities.
         if self.oversample and self.old_logprobs != "rollout":
             raise InputError(f"--oversample {self.oversample}: also give --old-logprobs rollout")
@@ -362,13 +416,14 @@ class TrainConfig(CommandLine):
         """The keyword arguments of `ShardedModel` for the policy."""
         return {name: getattr(self, name) for name in (
             "lr", "weight_decay", "max_grad_norm", "dtype", "micro_batch_tokens", "replicas",
-            "checkpoint_activations", "offload", "offload_between", "trust_remote_code")}
+            "checkpoint_activations", "offload", "trust_remote_code")}
 
     def critic_options(self):
-        """The same for a critic, with its own learning rate and weight decay."""
-        return {**self.training_options(), "lr": self.critic_lr, "weight_decay": self.critic_weight_decay,
+        """The same for a critic, with its own learning rate and mini-batch."""
+        return {**self.training_options(), "lr": self.critic_lr,
                 "minibatch": self.critic_minibatch or self.minibatch}
 
 
 if __name__ == "__main__":
-    train(TrainConfig.parse(__doc__), SPPO)
+    with clear_errors():
+        train(TrainConfig.parse(__doc__), SPPO)

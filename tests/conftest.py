@@ -112,7 +112,8 @@ def environment():
 
 def complaint(main, arguments, capsys):
     """The one sentence with which `main(arguments)` refuses them, called in this process, which saves seconds."""
-    with pytest.raises(SystemExit) as end:
+    from cli import clear_errors
+    with pytest.raises(SystemExit) as end, clear_errors():
         main([str(argument) for argument in arguments])
     error = capsys.readouterr().err
     assert end.value.code == 2 and "Traceback" not in error
@@ -137,7 +138,7 @@ def seeds():
 @pytest.fixture(scope="session", autouse=True)
 def world_of_one():
     """Tests that call the parts directly need the process group that a run would have."""
-    from sharded import init_distributed
+    from machine import init_distributed
     yield init_distributed()
     import torch.distributed as dist
     dist.destroy_process_group()

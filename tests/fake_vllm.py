@@ -52,7 +52,7 @@ class LLM:
             seen["requests"].append([])
         self.waiting[number] = prompt["prompt_token_ids"], params.seed
         seen["requests"][-1].append(self.waiting[number])
-        seen["resident"] += [type(model).__name__ for model in trained if model.here]
+        seen["resident"] += [type(model).__name__ for model in trained if model.is_on_device]
 
     def has_unfinished_requests(self):
         return bool(self.waiting)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 import policy as policies
 from cli import BUILTIN_MODEL
 from engines import Response
+from machine import init_distributed
 from rollout import Batch
-from sharded import init_distributed, micro_batches
+from sharded import micro_batches
 from sppo import TrainConfig, policy_step
 
 output, compile, replicas, *budgets = sys.argv[1], *map(int, sys.argv[2:])

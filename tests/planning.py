@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2Config
 
-from sharded import init_distributed, mesh_of_ranks
+from machine import init_distributed
+from sharded import mesh_of_ranks
 from tools.plan import count, fake_world
 
 CASES = [("policy", "wide", 300), ("policy", "deep", 1200), ("prompts", "wide", 200),

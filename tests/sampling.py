@@ -10,8 +10,8 @@ from cli import BUILTIN_MODEL
 from data import load_problems, load_tokenizer, render
 from engines import make_engine
 from eval import EvalConfig
+from machine import init_distributed
 from policy import Policy
-from sharded import init_distributed
 
 device = init_distributed()
 torch.manual_seed(0)

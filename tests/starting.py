@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from critic import ValueModel
+from machine import init_distributed
 from policy import Policy
-from sharded import ShardedModel, init_distributed
+from sharded import ShardedModel
 from tools.plan import LiveBytes
 
-output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5] == "offload"
+output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[4]), "all" if sys.argv[5] == "offload" else "none"
 device = init_distributed()
 folder = without if dist.get_rank() else with_weights
 options = dict(lr=1e-3, dtype="float32", replicas=replicas, offload=offload)

@@ -92,11 +92,11 @@ def test_the_verifier(tmp_path, how):
 def test_an_engine_with_the_files_that_it_names(tmp_path, engine):
     if engine == "VLLMEngine":
         pytest.importorskip("vllm")
-    for name in ("engines.py", "cli.py", "sharded.py"):
+    for name in ("engines.py", "cli.py", "log.py", "machine.py"):
         shutil.copy(ROOT / name, tmp_path)
     printed, error = runs(tmp_path, f"""
 from engines import {engine}
-from sharded import init_distributed
+from machine import init_distributed
 if __name__ == "__main__":
     engine = {engine}({BUILTIN_MODEL!r}, init_distributed(), stop=[], max_tokens=32, dtype="float32")
     print(all(len(r.ids) == 5 for _, r in engine.generate([[1, 2, 3], [4, 5]], temperature=1.0, max_tokens=5)))

@@ -21,9 +21,10 @@ from eval import (
     majority_at_k,
     pass_at_k,
     per_problem,
+    read_rollouts,
     run_evaluation,
 )
-from rollout import Batch, read_rollouts
+from rollout import Batch
 
 ENGINES = ["vllm", "transformers"]
 

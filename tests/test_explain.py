@@ -7,7 +7,7 @@ import torch.distributed as dist
 from conftest import run
 
 from cli import InputError
-from tools.explain import begin
+from explain import Watch
 
 QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "32", "--minibatch", "8", "--lr", "5e-4"]
 NUMBER = r"([-+]?\d[\d.]*)"
@@ -79,4 +79,4 @@ def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
 def test_several_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(InputError, match="--explain: tells of one process; leave out torchrun"):
-        begin(None, None)
+        Watch(None, None, None)

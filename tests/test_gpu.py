@@ -11,11 +11,13 @@ import torch
 from conftest import run
 
 import checkpoint
-import cli
+import log
+import machine
 import policy
 import sharded
-from cli import BUILTIN_MODEL, InputError, progress
+from cli import BUILTIN_MODEL, InputError
 from engines import Response, VLLMEngine
+from log import progress
 from rollout import Batch
 from sppo import TrainConfig, policy_step
 from tools import gpu
@@ -24,18 +26,18 @@ from tools import gpu
 
 def test_a_gpu_that_torch_cannot_use_is_one_clear_sentence(monkeypatch):
     """Not a run on the CPU, for which vLLM's build for CUDA is of no use."""
-    monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sharded.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(sharded.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(InputError, match="finds no GPU: the driver is probably too old for CUDA 13.0"):
-        sharded.init_distributed()
+        machine.init_distributed()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user wants the CPU
-    assert sharded.init_distributed().type == "cpu"
+    assert machine.init_distributed().type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)  # torch for CPUs was installed
-    assert sharded.init_distributed().type == "cpu"
+    assert machine.init_distributed().type == "cpu"
 
 
 @pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}, {"PYTORCH_ALLOC_CONF": "mine"}])
@@ -45,22 +47,22 @@ def test_what_is_set_before_cuda_starts(monkeypatch, given):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sharded.torch.cuda, "set_device", lambda _: seen.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
-    monkeypatch.setattr(sharded.dist, "init_process_group", lambda *_, **__: None)
-    assert sharded.init_distributed().type == "cuda"
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.torch.cuda, "set_device", lambda _: seen.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda *_, **__: None)
+    assert machine.init_distributed().type == "cuda"
     assert seen == ["mine" if given else "expandable_segments:True"]
 
 
 def test_offload_steps_with_this_ranks_share_of_the_cores(monkeypatch):
     asked = []
-    monkeypatch.setattr(sharded.os, "sched_getaffinity", lambda _: range(16), raising=False)
-    monkeypatch.setattr(sharded.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(machine.torch, "set_num_threads", asked.append)
     for ranks in ("4", "32"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        sharded.use_all_cores()
+        machine.use_all_cores()
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    sharded.use_all_cores()
+    machine.use_all_cores()
     assert asked == [4, 1, 16]
 
 
@@ -71,10 +73,10 @@ def test_only_offload_on_a_gpu_takes_the_cores(monkeypatch, device):
 
     def make(device, offload):
         policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32", offload=offload)
-    make(device, True)
+    make(device, "all")
     assert not asked
     monkeypatch.setattr(sharded, "mesh_of_ranks", lambda *_: 1 / 0)
-    for offload in (False, True):
+    for offload in ("none", "all"):
         with pytest.raises(ZeroDivisionError):
             make(torch.device("cuda"), offload)
     assert asked == [True]
@@ -145,7 +147,7 @@ def test_a_long_phase_shows_how_far_it_is(monkeypatch, rank, terminal, shown):
     screen = terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli.tqdm, "monitor_interval", 0)
+    monkeypatch.setattr(log.tqdm, "monitor_interval", 0)
     with progress.phase("rollout", 8, delay=0, mininterval=0):
         for _ in range(3):
             progress.add(1, 50)

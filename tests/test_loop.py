@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli import BUILTIN_MODEL, Clock, InputError
+import inflight
+from cli import BUILTIN_MODEL, InputError
 from data import Problem, load_problems, load_tokenizer
 from engines import Response
 from inflight import InFlight
+from log import Clock
 from rollout import Sampler
 from sppo import Baseline, TrainConfig
 
@@ -93,10 +95,11 @@ class FakeRun:
         return steps
 
 
-def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
+def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length(monkeypatch):
     lengths = random.Random(0).choices([1, 2, 3, 40], k=40)
     for oversample, staleness in ((1.0, 100), (3.0, 2), (0.5, 1)):
-        run = FakeRun(lengths, oversample=oversample, max_staleness=staleness)
+        monkeypatch.setattr(inflight, "MAX_AGE", staleness)
+        run = FakeRun(lengths, oversample=oversample)
         steps = run.steps(1, 10)
         assert all(len(batch.responses) == 4 for batch, _, _ in steps) and not run.in_flight.started
         responses = [r for batch, _, _ in steps for r in batch.responses]
@@ -118,9 +121,10 @@ def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length():
             assert first < last  # the quickest came first
 
 
-def test_what_is_in_flight_survives_a_checkpoint():
+def test_what_is_in_flight_survives_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(inflight, "MAX_AGE", 4)
     lengths = random.Random(1).choices([1, 2, 3, 40], k=40)
-    run, resumed = (FakeRun(lengths, oversample=2.0, max_staleness=4) for _ in range(2))
+    run, resumed = (FakeRun(lengths, oversample=2.0) for _ in range(2))
     run.steps(1, 4)
     assert any(s.reward is None and s.response.ids for s in run.in_flight.started)
     resumed.in_flight.load_state_dict(run.in_flight.state_dict())

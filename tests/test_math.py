@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import policy
-from cli import skill
 from critic import auc, explained_variance
+from log import skill
 from policy import ChunkedLogProbs
 from sppo import clipped_policy_loss, sequence_advantages
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, environment, run
 
+import machine
 import policy
 import sharded
-from cli import BUILTIN_MODEL, InputError
+from cli import BUILTIN_MODEL
 from critic import PromptCritic
 from data import load_tokenizer
 from engines import Response
@@ -86,29 +87,29 @@ def far(one, other):
 
 def test_it_is_compiled_for_gpus_where_there_is_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/some")
-    monkeypatch.setattr(sharded.os.path, "exists", lambda _: True)
+    monkeypatch.setattr(machine.os.path, "exists", lambda _: True)
     for gpu in (False, True):
-        monkeypatch.setattr(sharded.torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        assert sharded.compiles() == gpu
+        monkeypatch.setattr(machine.torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert machine.compiles() == gpu
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert not sharded.compiles()
+    assert not machine.compiles()
 
 
 def test_attention_on_a_gpu_has_few_shapes_and_the_same_result(monkeypatch):
     """Lengths are padded for cuDNN; outputs and gradients are as without."""
     torch.manual_seed(0)
-    seen, sdpa = [], sharded.F.scaled_dot_product_attention
+    seen, sdpa = [], machine.F.scaled_dot_product_attention
 
     def recorded(query, key, value, **options):
         seen.append((query.shape[2], key.shape[2], value.shape[2]))
         return sdpa(query, key, value, **options)
-    monkeypatch.setattr(sharded.F, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(machine.F, "scaled_dot_product_attention", recorded)
     for length in (5, 256, 300):
         inputs = [torch.randn(2, heads, length, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
         results = []
         for cuda in (False, True):
             monkeypatch.setattr(torch.Tensor, "is_cuda", cuda)
-            out, _ = sharded.causal_attention(None, *inputs, None, 0.3)
+            out, _ = machine.causal_attention(None, *inputs, None, 0.3)
             results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
         for plain, padded in zip(*results, strict=True):
             assert plain.shape == padded.shape and far(padded.float(), plain.float()) < 0.02
@@ -126,7 +127,7 @@ def test_fused_kernels_are_used_on_a_gpu_where_they_are_installed(device, monkey
         monkeypatch.setattr(sharded, "compiles", lambda gpu=gpu: gpu)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest, installed=installed: (
             installed if name == "liger_kernel" else find(name, *rest)))
-        lm = sharded.load("AutoModelForCausalLM", BUILTIN_MODEL, False)
+        lm = machine.load("AutoModelForCausalLM", BUILTIN_MODEL, False)
         assert given == ([(lm, {"fused_linear_cross_entropy": False})] if gpu and installed else [])
 
 
@@ -209,7 +210,7 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
     responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (7, 4)]
 
     def train(between):
-        options = dict(lr=1e-3, dtype="float32", checkpoint_activations=False, offload_between=between)
+        options = dict(lr=1e-3, dtype="float32", checkpoint_activations=False, offload="between" if between else "none")
         ours = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, **options)
         critic = PromptCritic(BUILTIN_MODEL, device, minibatch=2, **options)
         batch = Batch([None] * 2, prompts, responses, torch.tensor([0.0, 1.0]))
@@ -231,8 +232,6 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
     assert moves == [(a, "to host"), (b, "to host")] + 2 * [
         (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host"),  # they infer
         (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host")]  # they learn; and the engine gets the weights
-    with pytest.raises(InputError, match="--offload and --offload-between"):
-        TrainConfig(offload=True, offload_between=True).check()
 
 
 def test_a_model_that_moves_takes_everything_along(device):

@@ -71,7 +71,7 @@ def shared_engines(tmp_path_factory):
     """What four ranks asked of vLLM in two steps of training, when two neighbours share an engine."""
     output = tmp_path_factory.mktemp("shared")
     done = run("tests/fake_vllm.py", output, "--steps", 2, "--prompts-per-step", 8, "--minibatch", 4, "--eval-problems", 6,
-               "--eval-every", 2, "--tensor-parallel", 2, "--offload-between", "--output", output / "run", ranks=4)
+               "--eval-every", 2, "--tensor-parallel", 2, "--offload", "between", "--output", output / "run", ranks=4)
     assert done.returncode == 0, done.stderr
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(4)], metrics(output / "run")
 
@@ -83,7 +83,7 @@ def test_vllm_sleeps_while_others_train_and_wakes_for_new_weights(shared_engines
         assert seen["events"] == ["init", *sleep, *awake, "generate", "generate", *sleep, *awake,  # first evaluates
                                   "generate", *sleep, *awake, "generate", "shutdown"]  # after step 2, evaluates again
         assert seen["options"] == [512, {"head_dtype": "float32"}]
-        assert not seen["resident"]  # with --offload-between, no model is on the device while vLLM samples
+        assert not seen["resident"]  # with --offload between, no model is on the device while vLLM samples
 
 
 def test_neighbours_that_share_an_engine_ask_the_same_of_it_and_count_once(shared_engines):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, environment, metrics, run, started, torchrun, wait_for
 
-from cli import BUILTIN_MODEL, InputError, Log
+from cli import BUILTIN_MODEL, InputError
 from critic import PromptCritic
+from log import Log
 from sppo import TrainConfig
 
 SMALL = ["--engine", "transformers", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8", "--eval-every", "3",
@@ -48,7 +49,7 @@ def test_killed_at_twenty_random_instants(tmp_path):
 @pytest.mark.parametrize("command", [
     pytest.param(["sppo.py", "--engine", "auto", "--oversample", "1", "--old-logprobs", "rollout"],
                  marks=pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")),
-    ["sppo.py", "--offload-between"], ["grpo.py"], ["ppo.py"], ["spo.py", "--init-samples", "1"]])
+    ["sppo.py", "--offload", "between"], ["grpo.py"], ["ppo.py"], ["spo.py", "--init-samples", "1"]])
 def test_five_steps_a_kill_and_five_more_equal_ten(tmp_path, command):
     """The kill came when step 10 was logged, and its checkpoint was not yet written."""
     command = [command[0], *SMALL, *command[1:], "--deterministic", "--steps", "10", "--save-every", "5", "--output"]

@@ -88,7 +88,7 @@ def test_two_ranks_learn_like_one(demo, tmp_path):
 def test_the_fallback_engine_runs_the_same_loop(tmp_path):
     """With what is for larger models switched on: a critic of its own, bfloat16, checkpointing, offload, warm-up."""
     done = run("sppo.py", *QUICK, "--engine", "transformers", "--output", tmp_path, "--critic-model", BUILTIN_MODEL,
-               "--dtype", "bfloat16", "--checkpoint-activations", "--offload",
+               "--dtype", "bfloat16", "--checkpoint-activations", "--offload", "all",
                "--max-response-tokens", "24", "--eval-every", "0")
     assert done.returncode == 0, done.stderr
     assert "engine transformers" in done.stdout

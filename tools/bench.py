@@ -29,10 +29,11 @@ import sppo
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
 from data import check_model, load_problems, load_tokenizer, render
 from engines import VLLMEngine, stop_tokens
+from machine import compute_dtype, init_distributed
 from policy import Policy
 from reward import Verifier
 from rollout import sample_and_verify
-from sharded import compute_dtype, init_distributed, micro_batches
+from sharded import micro_batches
 from tools.bench_runs import need, stragglers, trl
 from tools.shapes import SHAPES, shape_of
 

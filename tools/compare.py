@@ -14,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import InputError, clear_errors, say
-from eval import bootstrap_interval, label
-from rollout import read_rollouts
+from eval import bootstrap_interval, label, read_rollouts
 
 # ---- two evaluations --------------------------------------------------------------------------------------
 

@@ -30,8 +30,8 @@ import sppo
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
 from data import load_problems, load_tokenizer, render
 from engines import Response, VLLMEngine
+from machine import compiles, init_distributed, transformers
 from rollout import Batch
-from sharded import compiles, init_distributed, transformers
 from tools import bench
 from tools.plan import shape_of
 
@@ -218,7 +218,7 @@ def offload(dry):
             return getattr(transformers(), auto).from_config(
                 shape, attn_implementation="causal", dtype=torch.bfloat16)
     with patch.object(policies, "load", structure):
-        ours = policies.Policy(None, device, temperature=0.6, lr=1e-6, offload=True)
+        ours = policies.Policy(None, device, temperature=0.6, lr=1e-6, offload="all")
     gc.collect()
     seconds, speed = timed_updates(ours, batch_of(4, *((4, 8) if dry else (64, 2048))), device, 1)
     return {"layers": f"{shape.num_hidden_layers} of {layers}", "parameters": f"{ours.size / 1e9:.2f}B",

@@ -18,13 +18,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import checkpoint
+import sppo
 from cli import CommandLine, InputError, clear_errors, option, say
+from explain import Ratios, watch
 from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import PPO, PPOConfig
 from spo import SPO, SPOConfig, normalize
-from sppo import SPPO, sequence_advantages, train
-from tools.explain import Ratios, watch
+from sppo import SPPO, clipped_policy_loss, sequence_advantages, train
 from tools.lesson_pictures import draw
 from tools.plan import GIB, PlanConfig, count, fake_world, phases, shape_of
 
@@ -71,13 +71,13 @@ class Lesson:
     """What is measured during the run: `data` becomes lesson.json."""
 
     def __init__(self, steps):
-        self.begun = checkpoint.begin
+        self.begun = sppo.begin
         self.measured = {1, (steps + 1) // 2, steps}
         self.data, self.up, self.down = {"steps": steps, "critic": []}, [], []
 
     def begin(self, run, baseline):
-        """In place of checkpoint.begin: the log is watched."""
-        self.run, self.baseline, self.ratios = run, baseline, Ratios(run, baseline)
+        """In place of sppo.begin: the log is watched."""
+        self.run, self.baseline, self.ratios = run, baseline, Ratios(run, baseline, clipped_policy_loss)
         step, log = self.begun(run, baseline)
         watch(log, "write", self.after_step)
         return step, log
@@ -157,7 +157,7 @@ def lesson(c, extra):
     own = ["--dataset", SPOConfig.BUILTIN["dataset"], "--eval-problems", "64"]  # prompts that come back
     config = replace(RunConfig.parse("", own + extra), steps=c.steps, output=c.run, eval_every=c.steps)
     it = Lesson(c.steps)
-    with patch.object(checkpoint, "begin", it.begin):
+    with patch.object(sppo, "begin", it.begin):
         train(config, Together)
     if len(it.data["critic"]) < len(it.measured):
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import _disable_current_modes
 
 import critic
+import machine
 import policy
 import ppo
 import sharded
@@ -99,7 +100,7 @@ def count(kind, shape, tokens, device=torch.device("cpu"), fake=True, **options)
     options = dict(lr=1e-6, micro_batch_tokens=tokens, **options)
 
     def structure(auto, *_):
-        return getattr(sharded.transformers(), auto).from_config(
+        return getattr(machine.transformers(), auto).from_config(
             shape, attn_implementation="causal", dtype=torch.bfloat16)
 
     with contextlib.ExitStack() as stack:

@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM
 from cli import CommandLine, InputError, option, say
 from data import load_problems, load_tokenizer, render
 from engines import make_engine
+from machine import init_distributed
 from policy import Policy
-from sharded import init_distributed, micro_batches
+from sharded import micro_batches
 from sppo import TrainConfig
 from tools.bench import now, products_rate
 from tools.shapes import engine_needs, shape_of

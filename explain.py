@@ -12,18 +12,8 @@ import torch.distributed as dist
 
 from cli import InputError, say
 from reward import last_boxed
-from sppo import clipped_policy_loss
 
 WIDTH = 100  # columns of the screen
-
-
-def begin(run, baseline):
-    """What checkpoint.begin returns for a run that is explained: (0, its log)."""
-    if dist.get_world_size() > 1:
-        raise InputError("--explain: tells of one process; leave out torchrun")
-    run.config.steps, run.config.eval_every, run.config.save_every = 1, 0, 0
-    run.held_out, run.benchmarks = [], {}  # nothing is evaluated
-    return 0, Watch(run, baseline)
 
 
 def watch(owner, name, note):
@@ -40,8 +30,8 @@ def watch(owner, name, note):
 class Ratios:
     """Notes, for the present step, each token's ratio at the moment when its gradient is taken."""
 
-    def __init__(self, run, baseline):
-        self.run = run
+    def __init__(self, run, baseline, policy_loss):
+        self.run, self.policy_loss = run, policy_loss  # sppo.py's clipped_policy_loss
         watch(baseline, "advantages", self.on_advantages)
         watch(run.policy, "forward", self.on_forward)
         watch(run.policy, "step", self.on_step)
@@ -74,7 +64,7 @@ class Ratios:
         """(mean loss of the response's tokens, how many of them were clipped, by either clip)."""
         c, n = self.run.config, len(self.logprobs[row])
         advantage = self.advantages[row].expand(n) if self.advantages.dim() == 1 else self.advantages[row, :n]
-        loss, metrics = clipped_policy_loss(
+        loss, metrics = self.policy_loss(
             self.logprobs[row][None], self.old(row)[None], advantage[None], torch.ones(1, n),
             clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip or None)
         clipped = metrics["clip_fraction"] + metrics.get("dual_clip_fraction", 0)
@@ -82,12 +72,16 @@ class Ratios:
 
 
 class Watch(Ratios):
-    """Stands in for the log of a run of one step."""
+    """Stands in for the log of a run, which it cuts to one step."""
     step = 0  # of a log that has not reached its last step, no model is saved
 
-    def __init__(self, run, baseline):
-        super().__init__(run, baseline)
+    def __init__(self, run, baseline, policy_loss):
+        if dist.get_world_size() > 1:
+            raise InputError("--explain: tells of one process; leave out torchrun")
+        super().__init__(run, baseline, policy_loss)
         self.baseline = baseline
+        run.config.steps, run.config.eval_every, run.config.save_every = 1, 0, 0
+        run.held_out, run.benchmarks = [], {}  # nothing is evaluated
 
     def add(self, *metrics):
         pass
@@ -110,7 +104,7 @@ class Watch(Ratios):
         return rows[:1]
 
     def finish(self, tokenizer, seconds):
-        """Prints everything. checkpoint.py calls it at the end of a run."""
+        """Prints everything. sppo.py calls it at the end of a run."""
         batch, last, bound = self.batch, self.updates[-1], self.run.config.max_grad_norm
         say(f"\nOne step of {type(self.baseline).__name__}: {len(batch.responses)} responses, "
             f"{len({p.id for p in batch.problems})} prompts. What happened to two of them, in order:")

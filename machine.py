@@ -1,0 +1,149 @@
+"""This machine: its ranks, its device, its kernels, and how a model is loaded onto it.
+
+Nothing here knows about training: sharded.py shards what `load` returns, and trains it.
+"""
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from cli import InputError, is_main
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one sentence what is wrong
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+def init_distributed() -> torch.device:
+    """Joins torchrun's process group, or makes a group of one process without torchrun. Returns
+    this rank's device."""
+    if "RANK" not in os.environ:  # port 0: one that nobody uses
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if torch.cuda.is_available():
+        # Memory that can grow in place leaves no gaps too small to use. It must be asked for before CUDA
+        # starts. (vLLM 0.32 turns it off for what its sleep mode manages, and knows this name only.)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF",
+                              os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"))
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    elif torch.version.cuda and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise InputError(f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: the driver is "
+                         f"probably too old for CUDA {torch.version.cuda}; update it, or set "
+                         "CUDA_VISIBLE_DEVICES= to use the CPU")
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    # Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return device
+
+
+def check_ranks(**sizes):
+    """Raises InputError unless each of these numbers of ranks divides the number of all ranks."""
+    for name, size in sizes.items():
+        if dist.get_world_size() % size:
+            option = f"--{name.replace('_', '-')} {size}"
+            raise InputError(f"{option} does not divide the {dist.get_world_size()} ranks")
+
+
+def from_rank_0(compute):
+    """What `compute()` returns on rank 0, on every rank: for what ranks could see differently."""
+    found = [compute() if is_main() else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def use_all_cores():
+    """Gives this process its share of the machine's cores. vLLM 0.32 has set one thread, or torchrun has, but
+    with --offload all, AdamW steps on the CPU."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def seed_torch(seed, deterministic):
+    """Seeds torch; `deterministic` also makes it choose kernels that give the same numbers each time."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it for this
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def compute_dtype(name, device):
+    """"auto" is bfloat16 where the device computes in it, and float32 elsewhere. Other names
+    are returned as they are.
+
+    A CPU that has no more than AVX2 emulates bfloat16, and is several times slower in it than in float32.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    has = torch.cpu.get_capabilities()
+    native = has.get("avx512_bf16") or has.get("amx_bf16")
+    # A user can limit torch to less than the processor has, with ATEN_CPU_CAPABILITY.
+    return "bfloat16" if native and "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
+
+
+def compiles():
+    """Whether kernels can be made for this machine's GPU. Triton wants a C compiler and Python's headers."""
+    return (torch.cuda.is_available() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+            and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
+
+def causal_attention(module, query, key, value, attention_mask, scaling, **_):
+    """PyTorch's fused causal attention, without a mask: query [b, heads, L, d], key and value
+    [b, key-value heads, L, d] -> [b, L, heads, d], None.
+
+    With padding on the right, no token of a response can see padding, so no mask is needed. A mask would hold
+    L x L numbers, and the fast kernels take none.
+    """
+    length, added = query.shape[2], -query.shape[2] % 256
+    if added and query.is_cuda and query.dtype == torch.bfloat16:
+        # On an H100 or H200, torch takes cuDNN's attention: twice as fast as its other kernels, but it
+        # prepares a plan for each new shape, in 0.1 s. So let there be few: lengths are multiples of 256.
+        query, key, value = (F.pad(x, (0, 0, 0, added)) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out[:, :, :length].transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def transformers():
+    """The library, with our attention. It is imported at its first use: --help need not wait for it."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    transformers.AttentionInterface.register("causal", causal_attention)
+    transformers.AttentionMaskInterface.register("causal", lambda *_, **__: None)
+    return transformers
+
+
+def attention_of(config):
+    """The attention for a model's config: "causal", unless some layers see only a window of the past."""
+    config = config.get_text_config()
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    other_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    return "sdpa" if windowed or other_layers else "causal"
+
+
+def load(auto, model, trust_remote_code):
+    """The model as transformers' class `auto` ("AutoModel", ...), with the checkpoint's weights and dtype on
+    rank 0. On other ranks it has no memory (device `meta`) until `ShardedModel` distributes the weights."""
+    config = transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    auto = getattr(transformers(), auto)
+    options = dict(attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
+    if dist.get_rank() == 0:
+        module = auto.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
+    else:
+        with torch.device("meta"):
+            module = auto.from_config(config, **options)
+    if compiles() and importlib.util.find_spec("liger_kernel"):
+        # Norms, rotary embedding and SwiGLU become one kernel each, if this library knows the model: updates
+        # take a sixth less time. (policy.py has its own loss.) transformers' Trainer calls this name too.
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+        _apply_liger_kernel_to_instance(model=module, fused_linear_cross_entropy=False)
+    return module
