@@ -207,12 +207,13 @@ def training_loop(run, baseline, log, last_step):
         with clock("critic"):
             advantages = baseline.advantages(batch)
 
-        # 4. One epoch of clipped policy steps.
+        # 4. One epoch of clipped policy steps. In the first --critic-warmup steps, only the critic learns.
+        rows, updates = range(len(batch.responses)), []
         with clock("update"), policy.on_device():
-            rows, updates = range(len(batch.responses)), []
             for start in rows[::minibatch_size]:
                 minibatch = rows[start : start + minibatch_size]
-                updates.append(policy_step(policy, batch, minibatch, advantages, c))
+                if step > c.critic_warmup:
+                    updates.append(policy_step(policy, batch, minibatch, advantages, c))
 
         # 5. The baseline learns from what happened.
         with clock("critic"):
@@ -358,6 +359,7 @@ class TrainConfig(CommandLine):
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
     critic_lr: float = option(5e-6, "learning rate of the critic")
+    critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
