@@ -353,7 +353,7 @@ class TrainConfig(CommandLine):
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
 
-    steps: int = option(500, "training steps: one rollout and its updates", group="algorithm", positive=True)
+    steps: int = option(1000, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
