@@ -7,7 +7,6 @@ import torch.distributed as dist
 from transformers import Qwen2Config
 
 from machine import init_distributed
-from sharded import mesh_of_ranks
 from tools.plan import SETTINGS, count, fake_world
 
 CASES = [("policy", "wide", 300, "none"), ("policy", "deep", 1200, "none"), ("responses", "deep", 600, "none"),

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import sppo
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
@@ -31,9 +30,8 @@ from engines import VLLMEngine, stop_tokens
 from machine import compute_dtype, init_distributed
 from reward import Verifier, verify
 from rollout import sample_and_verify
-from sharded import micro_batches
 from tools.plan import SHAPES, shape_of
-from tools.race import metrics_of
+from tools.race import GROUP, metrics_of
 
 
 def now(device):
@@ -50,18 +48,15 @@ def memory(device, peak=False):
     return int(re.search(line, Path("/proc/self/status").read_text())[1]) / 2**20
 
 
-def matmul_rate(device, dtype, seconds=1.0, sizes=None):
-    """Operations per second of large square products [n, n] @ [n, n]: the median of the fastest size."""
-    best = 0.0
-    for n in sizes or ((1024, 2048) if device.type == "cpu" else (4096, 8192)):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates, start = [], time.time()
-        while len(rates) < 3 or time.time() - start < seconds:
-            begun = now(device)
-            a @ b
-            rates.append(2 * n**3 / (now(device) - begun))
-        best = max(best, statistics.median(rates[1:]))
-    return best
+def matmul_rate(device, dtype):
+    """Operations per second of large square products [n, n] @ [n, n]: the median of ten."""
+    n, rates = 2048 if device.type == "cpu" else 8192, []
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    for _ in range(11):
+        begun = now(device)
+        a @ b
+        rates.append(2 * n**3 / (now(device) - begun))
+    return statistics.median(rates[1:])
 
 
 # ---- one step by phase -------------------------------------------------------------------------------------
@@ -87,20 +82,13 @@ class MeasuredSPPO(sppo.SPPO):
 
     def __init__(self, run):
         super().__init__(run)
-        self.tokens = []  # of each step: all tokens, the same with padding, tokens of responses
+        self.tokens = []  # of prompts and responses, in each step
         self.memory = []  # after each step
         if run.config.response_lengths:
             set_lengths(run.engine, run.config.response_lengths, run.config.seed)
 
     def advantages(self, batch):
-        lengths, c = [len(p) + len(r) for p, r in batch.sequences], self.run.config
-        padded = torch.tensor(0)
-        for start in range(0, len(lengths), c.minibatch):
-            part = lengths[start : start + c.minibatch]
-            padded += sum(len(rows) * max(part[row] for row in rows)
-                          for rows in micro_batches(part, c.micro_batch_tokens) if rows)
-        dist.all_reduce(padded)  # each rank counted its own rows
-        self.tokens.append((sum(lengths), int(padded), int(batch.lengths.sum())))
+        self.tokens.append((sum(map(len, batch.prompts)), int(batch.lengths.sum())))
         return super().advantages(batch)
 
     def update(self, batch):
@@ -146,25 +134,25 @@ def step(arguments):
     measured, policy, device = baselines[0], baselines[0].run.policy, baselines[0].run.device
     lines = [json.loads(text) for text in (Path(c.output) / "metrics.jsonl").read_text().splitlines()][1:]
     warm = slice(1 if len(lines) > 1 else 0, None)  # the first step allocates, compiles and fills caches
-    tokens, padded, generated = map(statistics.mean, zip(*measured.tokens[warm], strict=True))
+    read, written = map(statistics.mean, zip(*measured.tokens[warm], strict=True))
     names = ("rollout", "reward", "logprobs", "update", "critic", "sync", "step")
     seconds = {name: statistics.mean(m.get(f"time/{name}", 0.0) for m in lines[warm]) for name in names}
     say(f"\n{c.shape or c.model}, {policy.size / 1e6:,.1f}M parameters, {c.dtype}; {c.prompts_per_step} "
-        f"prompts per step, {tokens:,.0f} tokens with {generated:,.0f} of responses; mean of "
+        f"prompts per step, {read:,.0f} tokens of prompts, {written:,.0f} of responses; mean of "
         f"{len(lines[warm])} steps after the first\n")
     for name in names:
         say(f"  {name:<10} {seconds[name]:>8.2f} s  {100 * seconds[name] / seconds['step']:>5.1f} %")
     lm = policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
     in_products = policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
-    speed = 6 * in_products * tokens / seconds["update"]  # 6: forward and backward make 2 + 4 operations
+    # Forward and backward make 2 + 4 operations with each weight and token.
+    speed = 6 * in_products * (read + written) / seconds["update"]
     rate = matmul_rate(device, getattr(torch, c.dtype))
     held, peak = measured.memory, memory(device, peak=True)
-    say(f"\n  rollout {generated / seconds['rollout']:,.0f} tokens/s; "
-        f"update {tokens / seconds['update']:,.0f} tokens/s\n"
+    say(f"\n  rollout {written / seconds['rollout']:,.0f} tokens/s; "
+        f"update {(read + written) / seconds['update']:,.0f} tokens/s\n"
         f"  update {speed / 1e12:.3f} TFLOP/s (6 x parameters x tokens): {100 * speed / rate:.0f} % of the "
         f"{rate / 1e12:.3f} of large matrix products\n"
-        f"  padding {100 * (1 - tokens / padded):.1f} % of the update's tokens\n"
         f"  memory: peak {peak:.1f} GiB; {held[0]:.2f} after step 1, {held[-1]:.2f} after step {len(held)}")
     return seconds, held, peak
 
@@ -235,9 +223,7 @@ class TRLConfig(CommandLine):
     dataset: str = option("chain", "a dataset whose answers are numbers")
     output: str = option("runs/bench-trl", "folder of the runs")
     prompts: int = option(8, "prompts per step", positive=True)
-    group_size: int = option(8, "samples per prompt", positive=True)
     tokens: int = option(64, "new tokens at most", positive=True)
-    lr: float = option(1e-5, "learning rate")
     steps: int = option(5, "steps of grpo.py before TRL, of TRL, and of grpo.py after it", positive=True)
     threads: int = option(os.cpu_count(), "threads of each", positive=True)
 
@@ -264,8 +250,8 @@ def trl_run(c):
     trainer = GRPOTrainer(
         model=c.model, reward_funcs=reward, callbacks=[Watch()], train_dataset=Dataset.from_list(problems),
         args=GRPOConfig(
-            output_dir=f"{c.output}/trl", per_device_train_batch_size=c.prompts * c.group_size,
-            num_generations=c.group_size, max_completion_length=c.tokens, learning_rate=c.lr,
+            output_dir=f"{c.output}/trl", per_device_train_batch_size=c.prompts * GROUP,
+            num_generations=GROUP, max_completion_length=c.tokens, learning_rate=1e-5,
             lr_scheduler_type="constant", beta=0.0, temperature=1.0, max_steps=c.steps, bf16=True,
             use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True))
@@ -284,9 +270,10 @@ def trl(arguments):
         shutil.rmtree(folder, ignore_errors=True)  # or it might be of a day when the machine was busier
         lines = metrics_of(folder, [
             "grpo.py", "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1,
-            "--lr", c.lr, "--dtype", "bfloat16", "--max-prompt-tokens", 256, "--max-response-tokens", c.tokens,
-            "--no-checkpoint-activations", "--save-every", 0, "--eval-every", 0, "--steps", c.steps,
-            "--prompts-per-step", c.prompts, "--minibatch", c.prompts, "--group-size", c.group_size],
+            "--lr", 1e-5, "--dtype", "bfloat16", "--max-prompt-tokens", 256,
+            "--max-response-tokens", c.tokens, "--steps", c.steps,
+            "--no-checkpoint-activations", "--save-every", 0, "--eval-every", 0,
+            "--prompts-per-step", c.prompts, "--minibatch", c.prompts, "--group-size", GROUP],
             threads=c.threads)
         return [m["time/step"] for m in lines if m["step"]]
 
@@ -294,7 +281,7 @@ def trl(arguments):
         later = seconds[1:] or seconds
         say(f"{name:<18} {statistics.median(later):>7.1f} s a step [{min(later):.1f}, {max(later):.1f}]")
         return statistics.median(later)
-    say(f"{c.model}: {c.prompts * c.group_size} samples a step, at most {c.tokens} tokens, bfloat16, "
+    say(f"{c.model}: {c.prompts * GROUP} samples a step, at most {c.tokens} tokens, bfloat16, "
         f"{c.threads} threads; seconds a step are median and range after the first\n")
     before = said("grpo.py", ours("grpo-1"))
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory is free again at its end

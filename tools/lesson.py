@@ -22,17 +22,14 @@ from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import PPO, PPOConfig
 from spo import SPO, SPOConfig, normalize
 from sppo import SPPO, sequence_advantages, train
-from tools.plan import COLUMNS, GIB, PlanConfig, count, fake_world, phases, shape_of
 from tools.race_results import pyplot, save
 
 GROUP = 8  # responses to a prompt where its chance of success is measured, as in GRPO
-PLAN = PlanConfig(vllm_memory=0.35)  # of README's 7B command
 
 
 @dataclass
 class LessonConfig(CommandLine):
     output: str = option("docs/pictures", "folder for the pictures and lesson.json")
-    shape: str = option(PlanConfig.model, "the model whose memory is planned, as in tools.plan")
     redraw: bool = option(False, "draw what --output holds, and train nothing")
 
 
@@ -120,30 +117,19 @@ def rounded(values):
     return np.round(np.asarray(values, dtype=float), 4).tolist()
 
 
-def lesson(shape, extra):
+def lesson(extra):
     """Trains, and returns what lesson.json holds."""
-    config = RunConfig.parse("", [  # prompts that come back
-        "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"], "--eval-problems", "64", *extra])
+    own = "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"]  # whose prompts come back
+    config = RunConfig.parse("", [*own, "--eval-problems", "64", *extra])
     config.eval_every, baselines = config.steps, []
     train(config, lambda run: baselines.append(Together(run)) or baselines[0])
-    measured = baselines[0].measured
-    if len(measured["critic"]) < min(3, config.steps):
+    if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
     lines = [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()][1:]
     for line in lines:  # the critic's time, without those who look on: for V, and to learn
         line["time/learn"] = line["time/critic"] - line["time/others"] - line["time/V"]
     seconds = {phase: statistics.median(line[f"time/{phase}"] for line in lines) for phase in DRAWN}
-    say(f"Counting what {shape} needs on {PLAN.gpus} GPUs.")
-    fake_world(PLAN.gpus)
-    counts = [count(kind, shape_of(shape), PLAN.micro_batch_tokens,
-                    replicas=PLAN.replicas, checkpoint_activations=PLAN.checkpoint_activations)
-              for kind in ("policy", "prompts")]
-    held = phases(*counts, "none", PLAN.vllm_memory * PLAN.gpu_memory * GIB)
-    return {**measured, "steps": config.steps, "extra": extra, "seconds": seconds,
-            "responses": config.prompts_per_step,
-            "plan": {"shape": shape, "gpus": PLAN.gpus, "gpu_memory": PLAN.gpu_memory, "phases": {
-                name: {column: round(size / GIB, 2) for column, size in columns.items()}
-                for name, columns in held.items()}}}
+    return {**baselines[0].measured, "extra": extra, "seconds": seconds, "responses": config.prompts_per_step}
 
 
 # ---- the pictures: they read in black and white, and on a phone --------------------------------------------
@@ -170,8 +156,8 @@ def draw_praise(plt, groups):
     figure, panels = plt.subplots(3, 1, figsize=(WIDTH, 4.9), height_ratios=(8, 8, 1))
     colours = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", [BLAME, "white", PRAISE])
     names = [name for name in groups["mixed"]["advantages"] if name != "PPO"]
-    most = max(abs(a) for group in (groups["mixed"], groups["equal"])
-               for rows in group["advantages"].values() for a in np.concatenate(np.atleast_1d(rows), axis=None))
+    most = max(np.abs(np.hstack(rows)).max() for group in (groups["mixed"], groups["equal"])
+               for rows in group["advantages"].values())
     scale = plt.Normalize(-most, most)
 
     def cells(axes, y, widths, values, texts, **font):
@@ -247,45 +233,26 @@ def draw_critic(plt, measured):
 # {phase: who works}, in the order of a step. The verifier works while the engine writes.
 DRAWN = {"rollout": "engine", "reward": "verifier", "logprobs": "policy", "V": "critic",
          "update": "policy", "learn": "critic", "sync": "engine"}
-HELD = dict(zip(COLUMNS, (  # colour and pattern
-    ("#222222", ""), ("#7f7f7f", ""), ("#c9c9c9", ""), (PRAISE, ""), ("#ffd9a8", "////"),
-    ("#9ecae1", 4 * "\\"), (BLAME, "xx")), strict=True))
-
 
 def draw_clock(plt, data):
-    """Seconds of a step by who computes, and GiB of one GPU in each phase."""
-    figure, (clock, memory) = plt.subplots(2, 1, figsize=(WIDTH, 5))
+    """Seconds of a step by who computes."""
+    figure, clock = plt.subplots(figsize=(WIDTH, 2.2))
     lanes, start, whole = ["engine", "verifier", "critic", "policy"], 0, sum(data["seconds"].values())
     for phase, who in DRAWN.items():
         seconds, y = data["seconds"][phase], lanes.index(who)
-        if phase == "reward":  # the bar is as long as the engine's: what is left after it is too short to see
+        text, late = f"{phase} {seconds:.2f} s", start + seconds > 0.7 * whole
+        if phase == "reward":  # as responses end; what is left when the engine is ready is too short to see
             clock.barh(y, start, height=0.62, color="white", edgecolor=QUIET, hatch="--", linewidth=0.8)
+            text = f"reward as responses end, then {seconds:.2f} s"
         clock.barh(y, seconds, left=start, height=0.62, color=BLAME if who == "engine" else INK,
                    edgecolor="white", linewidth=0.8)
-        late = start + seconds > 0.7 * whole
-        clock.text(start + late * seconds, y - 0.45, f"{phase} {seconds:.2f} s", va="center",
+        clock.text(0 if phase == "reward" else start + late * seconds, y - 0.45, text, va="center",
                    ha="right" if late else "left")
         start += seconds
     clock.set(yticks=range(4), yticklabels=lanes, ylim=(3.5, -0.7), xlim=(0, whole * 1.01),
               xlabel=f"seconds of a step of {data['responses']} responses",
-              title="Time: the built-in model on a CPU")
-    plan = data["plan"]
-    places, left = np.arange(len(plan["phases"])), np.zeros(len(plan["phases"]))
-    for column, (face, hatch) in HELD.items():
-        sizes = np.array([held[column] for held in plan["phases"].values()])
-        memory.barh(places, sizes, left=left, height=0.7, color=face, hatch=hatch, edgecolor="white",
-                    linewidth=0.5, label=column)
-        left += sizes
-    for y, total in enumerate(left):
-        memory.text(total + 1, y, f"{total:.0f}", va="center")
-    memory.axvline(plan["gpu_memory"], color=INK, linestyle=":", linewidth=1.2)
-    memory.text(plan["gpu_memory"], -0.62, "the GPU", ha="right", va="bottom")
-    memory.set(yticks=places, yticklabels=list(plan["phases"]), ylim=(len(places) - 0.4, -0.6),
-               xlim=(0, plan["gpu_memory"] * 1.02), xlabel="GiB on one GPU")
-    memory.set_title(f"Memory: {plan['shape'].rpartition('/')[2]} on {plan['gpus']} GPUs, planned", pad=14)
-    memory.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.42, -0.24), columnspacing=1)
-    for axes in clock, memory:
-        axes.grid(axis="y", visible=False)
+              title="One step of the built-in model on a CPU: who works when")
+    clock.grid(axis="y", visible=False)
     return figure
 
 
@@ -313,7 +280,8 @@ def draw_step(plt):
         axes.text(x, y - 0.11, what, ha="center", va="center")
     for way, text, x, y in ARROWS:
         axes.plot(*zip(*way, strict=True), color=INK, linewidth=1.2)
-        axes.annotate("", way[-1], way[-2], arrowprops=dict(arrowstyle="-|>", color=INK, shrinkA=0, shrinkB=0))
+        axes.annotate("", way[-1], way[-2],
+                      arrowprops=dict(arrowstyle="-|>", color=INK, shrinkA=0, shrinkB=0))
         axes.text(x, y, text)
     axes.set(xlim=(-0.55, 3.75), ylim=(-1.8, 0.4))
     axes.axis("off")
@@ -329,7 +297,7 @@ def main(arguments=None):
         folder, file = Path(c.output), Path(c.output) / "lesson.json"
         if c.redraw and not file.exists():
             raise InputError(f"{file}: there is nothing to draw; run the lesson first (without --redraw)")
-        data = json.loads(file.read_text()) if c.redraw else lesson(c.shape, arguments[cut + 1 :])
+        data = json.loads(file.read_text()) if c.redraw else lesson(arguments[cut + 1 :])
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(data, ensure_ascii=False) + "\n")
         draw(data, folder)

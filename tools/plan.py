@@ -99,39 +99,27 @@ def shape_of(model, trust_remote_code=False):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes that tensors made within it hold at once: `live` now, `peak` at most.
 
-    It does not ask the process or the GPU, whose numbers depend on the allocator. `gathered`: the part of
-    these bytes into which FSDP gathers layers. FSDP does so in two private methods, which torch may move.
+    It does not ask the process or the GPU, whose numbers depend on the allocator.
     """
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = self.gathered = self.gathered_at_peak = 0
-        self.sizes, self.of_fsdp = {}, set()  # {storage: its bytes}, the storages that FSDP gathers into
-        self.gathering = False  # whether FSDP is gathering a layer
+        self.live = self.peak = 0
+        self.sizes = {}  # {storage: its bytes}
 
     def __enter__(self):
-        from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup as group
         resize = torch.UntypedStorage.resize_
 
         def resized(storage, size):  # so FSDP frees the memory of a gathered layer, and takes it again
             resize(storage, size)
             if storage._cdata in self.sizes:
                 self._holds(storage._cdata, size)
-
-        def noted(action):
-            def gather(*arguments, **named):
-                self.gathering = True
-                action(*arguments, **named)
-                self.gathering = False
-            return gather
-        self.patches = contextlib.ExitStack()
-        self.patches.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
-        self.patches.enter_context(patch.multiple(group, unshard=noted(group.unshard),
-                                                  wait_for_unshard=noted(group.wait_for_unshard)))
+        self.patch = patch.object(torch.UntypedStorage, "resize_", resized)
+        self.patch.start()
         return super().__enter__()
 
     def __exit__(self, *error):
-        self.patches.close()
+        self.patch.stop()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -142,45 +130,32 @@ class LiveBytes(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, what this rank holds
-                self._found(local.untyped_storage())
+                storage = local.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self._holds(storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self._freed, storage._cdata)
         return result
 
-    def _found(self, storage):
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = 0
-            if self.gathering:
-                self.of_fsdp.add(key)
-            self._holds(key, storage.nbytes())
-            weakref.finalize(storage, self._freed, key)
-
     def _holds(self, key, size):
-        grown, self.sizes[key] = size - self.sizes[key], size
-        self.live += grown
-        self.gathered += grown * (key in self.of_fsdp)
-        if self.live > self.peak:
-            self.peak, self.gathered_at_peak = self.live, self.gathered
+        self.live += size - self.sizes.get(key, 0)
+        self.peak, self.sizes[key] = max(self.peak, self.live), size
 
     def _freed(self, key):
-        self._holds(key, 0)
-        del self.sizes[key]
-        self.of_fsdp.discard(key)
+        self.live -= self.sizes.pop(key)
 
     def during(self, action):
-        """(bytes at the peak of `action()` beyond those before it, gathered layers among them)"""
+        """The bytes at the peak of `action()` beyond those before it."""
         before, self.peak = self.live, self.live
         action()
-        return self.peak - before, self.gathered_at_peak
+        return self.peak - before
 
 
 @dataclass
 class Count:
-    """Bytes of one model on one GPU. Gradients take as many as the weights, and Adam's moments twice as many.
-    `infer` and `update`: (all that is there for a time, the gathered layers among it); for `update` without
-    the gradients."""
+    """Bytes of one model on one GPU. Gradients take as many as weights, and Adam's moments twice as many."""
     weights: int
-    infer: tuple[int, int]
-    update: tuple[int, int]
+    infer: int  # at most, beside the weights: gathered layers and activations
+    update: int  # at most, beside weights, gradients and moments
 
 
 def real_mesh(*arguments, **named):
@@ -232,8 +207,7 @@ def count(kind, shape, tokens, fake=True, **options):
             values = torch.zeros_like(batch.rollout_logprobs)
             update = functools.partial(model.update, batch, values, values)
         weights = sum(4 * p.to_local().numel() for p in model.module.parameters())
-        inferring, (most, gathered) = memory.during(infer), memory.during(update)
-        return Count(weights, inferring, (most - weights, gathered))
+        return Count(weights, memory.during(infer), memory.during(update) - weights)
 
 
 def fake_world(gpus):
@@ -247,12 +221,12 @@ def fake_world(gpus):
 # ---- the plan ---------------------------------------------------------------------------------------------
 
 SETTINGS = "none", "between", "all"  # of --offload
-COLUMNS = "weights", "gradients", "optimizer", "gathered", "activations", "other model", "vLLM"
+COLUMNS = "weights", "gradients", "optimizer", "layers", "other model", "vLLM"
 
 
 def phases(of_policy, of_critic, offload, engine):
     """{phase: bytes by column} on one GPU, from the Counts of policy and critic (None: there is none).
-    engine: the bytes that vLLM takes while it is awake."""
+    layers: activations, and the layers that FSDP has gathered. engine: what vLLM takes while it is awake."""
     models = [model for model in (of_policy, of_critic) if model]
     everything = sum(model.weights for model in models)
     plan = {"rollout": dict.fromkeys(COLUMNS, 0) | {"vLLM": engine}}
@@ -261,8 +235,7 @@ def phases(of_policy, of_critic, offload, engine):
     for name, model, updates in (("log-probs", of_policy, False), ("update policy", of_policy, True),
                                  ("update critic", of_critic, True)):
         if model:
-            most, gathered = model.update if updates else model.infer
-            held = dict.fromkeys(COLUMNS, 0) | {"gathered": gathered, "activations": most - gathered}
+            held = dict.fromkeys(COLUMNS, 0) | {"layers": model.update if updates else model.infer}
             if offload != "all":
                 held.update(weights=model.weights, gradients=updates * model.weights)
                 held["optimizer"] = 2 * model.weights if updates or offload == "none" else 0
@@ -311,7 +284,8 @@ def report(c):
     say(f"{c.algorithm}: policy {c.model}, {parameters(of_policy) / 1e9:.2f}B parameters; {theirs}; "
         f"{c.gpus} GPUs of {c.gpu_memory:g} GiB, {RESERVED:g} of them set aside.\n"
         f"GiB a GPU, with micro-batches of {tokens:,} tokens; vLLM has {engine / GIB:.1f}: weights "
-        f"{weights / GIB:.1f}, and a cache of at most {cache:,} tokens.\n")
+        f"{weights / GIB:.1f}, and a cache of at most {cache:,} tokens. "
+        "Layers: activations, and what FSDP has gathered.\n")
     capacity, whole, rows = (c.gpu_memory - RESERVED) * GIB, c.gpu_memory * GIB, []
     for setting in SETTINGS:
         plans = {n: phases(*two[:2], setting, engine) for n, two in counts.items()}

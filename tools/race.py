@@ -34,7 +34,7 @@ import torch
 
 from checkpoint import lock
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from tools.race_results import CONSTANT, EQUAL, GROUP, best_rates, draw, quick_answer, report
+from tools.race_results import CONSTANT, EQUAL, GROUP, best_rates, draw, report, table
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = {  # name: the script and the options that make it this algorithm
@@ -75,8 +75,8 @@ class RaceConfig(CommandLine):
     def check(self):
         super().check()
         if self.prompts_per_step % (2 * GROUP):
-            raise InputError(f"--prompts-per-step {self.prompts_per_step}: must be a multiple of {2 * GROUP}, "
-                             f"so that half of it can be samples of groups of {GROUP}")
+            raise InputError(f"--prompts-per-step {self.prompts_per_step}: must be a multiple of "
+                             f"{2 * GROUP}, so that half of it can be samples of groups of {GROUP}")
         if self.algorithms and not {"SPPO", "GRPO"} <= {*self.algorithms} <= ALGORITHMS.keys():
             raise InputError(f"--algorithms {' '.join(self.algorithms)}: must be names that --help lists, "
                              "with SPPO and GRPO among them")
@@ -187,7 +187,7 @@ def main(arguments=None):
             with ThreadPool(c.jobs) as pool:
                 runs = list(pool.imap(lambda run: one_run(c, extra, *run), runs_of(c, results)))
             if c.part == "quick":
-                say("\n" + quick_answer(runs))
+                say("\n" + table(runs))
                 return
             settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()
                         if k not in ("output", "results", "redraw")}

@@ -148,20 +148,19 @@ def table(runs):
 
 
 def batch_table(batches, constant):
-    """Markdown, by prompts per step: GRPO's responses over SPPO's to several accuracies, and both SPPO's and
-    a constant's responses to TARGET, seed by seed, and accuracies at the end."""
-    levels, rows = (0.6, TARGET, 0.8, None), []
-    for size in sorted({run["prompts"] for run in batches}):
-        some = [run for run in batches if run["prompts"] == size]
-        cells = [ratio_text(speed(some, "responses", level)["GRPO"]) for level in levels]
-        for seeds in of(some, "SPPO"), [run for run in constant if run["prompts"] == size]:
-            costs = [cost_to(run, TARGET, "responses") for run in seeds]
-            cells += ["; ".join("never" if cost == math.inf else f"{cost:,}" for cost in costs),
-                      accuracy_text(seeds) if seeds else ""]
-        rows.append((f"{size}", *cells))
-    columns = ["prompts per step", *(f"GRPO / SPPO to {level or 'its best'}" for level in levels)]
+    """Markdown, by prompts per step: GRPO's responses to TARGET over SPPO's; then responses to TARGET, seed
+    by seed, and accuracy at the end."""
+    columns = ["prompts per step", f"GRPO / SPPO, responses to {TARGET}"]
     for name in "SPPO", CONSTANT:
         columns += [f"{name}: responses to {TARGET}", "accuracy, end"]
+    rows = []
+    for size in sorted({run["prompts"] for run in batches}):
+        some = [run for run in batches if run["prompts"] == size]
+        rows.append([f"{size}", ratio_text(speed(some, "responses", TARGET)["GRPO"])])
+        for seeds in of(some, "SPPO"), [run for run in constant if run["prompts"] == size]:
+            costs = [cost_to(run, TARGET, "responses") for run in seeds]
+            rows[-1] += ["; ".join("never" if cost == math.inf else f"{cost:,}" for cost in costs),
+                         accuracy_text(seeds) if seeds else ""]
     return markdown(columns, rows)
 
 
@@ -184,10 +183,8 @@ def report(results):
         heading(title, "race")
         parts.append(table(runs))
     if "batches" in results:
-        constant = [part for part in ("constant",) if part in results]
-        heading("By the batch: responses", "batches", *constant)
-        parts.append(batch_table(results["batches"]["runs"],
-                                 [run for part in constant for run in results[part]["runs"]]))
+        heading("By the batch", "batches", *(part for part in ("constant",) if part in results))
+        parts.append(batch_table(results["batches"]["runs"], results.get("constant", {"runs": []})["runs"]))
     if "grid" in results:
         heading("The grid: smoothed accuracy at the end", "grid")
         grid = results["grid"]["runs"]
@@ -245,18 +242,6 @@ def claims(results):
         "a tracker can replace the critic": beside("SPO", other="GRPO")}
 
 
-def quick_answer(runs):
-    """One sentence: what GRPO's best accuracy costs it, as a multiple of SPPO's cost."""
-    goal = NEAR * max(smooth(of(runs, "GRPO")[0]["accuracy"]))
-    best = f"{NEAR:.0%} of GRPO's best smoothed accuracy, {goal:.3f},"
-    (responses,), (seconds,) = (speed(runs, clock)["GRPO"] for clock in ("responses", "seconds"))
-    if responses > 0:
-        return (f"To {best} GRPO takes {responses:.1f} times as many responses as SPPO, and {seconds:.1f} "
-                "times as long.")
-    # 0 if SPPO never reaches it; not a number if SPPO has it from the start.
-    return f"{best} SPPO {'does not reach in' if responses == 0 else 'has from the start of'} this race."
-
-
 # ---- figures -----------------------------------------------------------------------------------------------
 
 def pyplot():
@@ -291,10 +276,11 @@ def draw(results, folder):
     if of(runs, "GRPO") and of(runs, "GRPO")[0]["metrics"].get("group/all_right"):
         figures["groups"], axes = plt.subplots(figsize=(5, 2.6))
         draw_groups(axes, of(runs, "GRPO"))
-    if runs and "constant" in results:
+    constant = results["constant"]["runs"] if "constant" in results else []
+    first = runs if of(runs, CONSTANT) else runs + [run for run in constant if run["prompts"] == size]
+    if {*FIRST} <= {*names_in(first)}:
         figures["first"], axes = plt.subplots(figsize=(7, 3.4))
-        constant = [run for run in results["constant"]["runs"] if run["prompts"] == size]
-        draw_accuracy(axes, runs + constant, FIRST, TARGET)
+        draw_accuracy(axes, first, FIRST, TARGET)
     if runs and "batches" in results:
         figures["batches"], (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
         draw_accuracy(left, runs, ("SPPO", "GRPO"), TARGET)
@@ -336,19 +322,20 @@ def draw_accuracy(axes, runs, names, target=None):
         axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
         axes.text(1, target, f"{target} ", ha="right", va="bottom", fontsize=8,
                   transform=axes.get_yaxis_transform())
-    axes.set(xlabel="responses sampled", ylabel="accuracy on held-out problems", ylim=(None, 1), xlim=(0, None))
-    thousands(axes)
+    axes.set(ylabel="accuracy on held-out problems", ylim=(None, 1))
+    over_responses(axes)
 
 
-def thousands(axes):
+def over_responses(axes):
+    axes.set(xlabel="responses sampled", xlim=(0, None))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
 
 
 def draw_ratios(axes, batches):
     """GRPO's responses to the target, SPPO's = 1, against the batch."""
     sizes = sorted({run["prompts"] for run in batches})
-    seeds = [[r for r in speed([run for run in batches if run["prompts"] == size], "responses", TARGET)["GRPO"]
-              if 0 < r < math.inf] for size in sizes]
+    alike = [[run for run in batches if run["prompts"] == size] for size in sizes]
+    seeds = [[r for r in speed(runs, "responses", TARGET)["GRPO"] if 0 < r < math.inf] for runs in alike]
     middle = [statistics.median(ratios) for ratios in seeds]
     errors = [[m - min(ratios) for m, ratios in zip(middle, seeds, strict=True)],
               [max(ratios) - m for m, ratios in zip(middle, seeds, strict=True)]]
@@ -364,11 +351,12 @@ def draw_ratios(axes, batches):
 
 def draw_groups(axes, runs):
     """The share of GRPO's groups without gradient, as training goes on."""
-    for key, name, line in (("all_right", "all right: too easy", "-"), ("all_wrong", "all wrong: too hard", "--")):
+    for key, name, line in (("all_right", "all right: too easy", "-"),
+                            ("all_wrong", "all wrong: too hard", "--")):
         rows = [run["metrics"][f"group/{key}"] for run in runs]
         steps = len(rows[0])
         x = [runs[0]["responses"][-1] * (step + 1) / steps for step in range(steps)]
         _, end, _ = band(axes, x, rows, STYLES["GRPO"][1], line)
         axes.text(x[-1], end + 0.05, name, ha="right", color=STYLES["GRPO"][1], fontsize=8.5)
-    axes.set(xlabel="responses sampled", ylabel=f"share of the groups of {GROUP}", ylim=(0, 1), xlim=(0, None))
-    thousands(axes)
+    axes.set(ylabel=f"share of the groups of {GROUP}", ylim=(0, 1))
+    over_responses(axes)
