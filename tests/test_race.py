@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from conftest import ROOT, complaint, run
+from conftest import ROOT, complaint, metrics, run
 
 from checkpoint import lock
 from tools import race_results
@@ -75,14 +75,14 @@ def test_committed_claims_are_those_of_the_committed_results():
 
 
 def test_a_race_continues_where_it_stopped(tmp_path):
-    """A run of SPPO's algorithms and of a constant, of one step each; with tables and the figure of both."""
-    command = ["tools/race.py", "--algorithms", "SPPO", "GRPO", "a constant", "--steps", "1", "--group-steps", "1", "--seeds", "1",
+    """Runs of one step; with a table and a figure."""
+    command = ["tools/race.py", "--algorithms", "SPPO", "GRPO", "--steps", "1", "--group-steps", "1", "--seeds", "1",
                "--prompts-per-step", "16", "--output", tmp_path / "runs", "--results", tmp_path / "results",
                "--", "--engine", "transformers", "--eval-problems", "16"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "results/race.md").read_text()
-    assert all(f"\n| {name} | 3e-4 |" in table for name in ("SPPO", "GRPO", "a constant"))
+    assert all(f"\n| {name} | 3e-4 |" in table for name in ("SPPO", "GRPO"))
     assert (tmp_path / "results/race.png").exists()
     finished = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in (tmp_path / "runs").iterdir()}
     killed = next(folder for folder in finished if folder.name.startswith("GRPO"))
@@ -95,6 +95,19 @@ def test_a_race_continues_where_it_stopped(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [folder for folder in finished
             if (folder / "metrics.jsonl").stat().st_mtime_ns != finished[folder]] == [killed]
+
+
+def test_a_constant_in_the_critics_place(tmp_path):
+    """Its mean of the rewards starts at the first batch's, and moves a quarter of the way to each step's."""
+    done = run("examples/running_mean.py", "--steps", "3", "--prompts-per-step", "16", "--minibatch", "8", "--engine", "transformers",
+               "--eval-every", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics(tmp_path) if line["step"]]
+    rewards = [line["reward"] for line in lines]
+    mean = rewards[0]
+    for line, reward in zip(lines, rewards, strict=True):
+        mean = 0.75 * mean + 0.25 * reward
+        assert line["baseline/mean"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -148,7 +148,7 @@ def draw(data, folder):
                          "axes.titlesize": 8.5, "axes.titlelocation": "left", "legend.fontsize": 8,
                          "xtick.labelsize": 8, "ytick.labelsize": 8})
     save(plt, {"praise": draw_praise(plt, data["groups"]), "critic": draw_critic(plt, data["critic"]),
-               "clock": draw_clock(plt, data), "step": draw_step(plt)}, folder)
+               "clock": draw_clock(plt, data)}, folder)
 
 
 def draw_praise(plt, groups):
@@ -253,38 +253,6 @@ def draw_clock(plt, data):
               xlabel=f"seconds of a step of {data['responses']} responses",
               title="One step of the built-in model on a CPU: who works when")
     clock.grid(axis="y", visible=False)
-    return figure
-
-
-BOXES = {  # who: what, and where
-    "prompts": ("of this step", 0, 0), "engine": ("writes a response\nto each", 1.6, 0),
-    "verifier": ("reads the answer:\nR = 1 or 0", 3.2, 0),
-    "critic": ("reads the prompt:\nV, from 0 to 1", 0, -1.15),
-    "policy": (f"A = R {MINUS} V,\nclipped steps", 1.6, -1.15)}
-ARROWS = (  # the way, the text on it and where it begins
-    ([(0.5, 0), (1.1, 0)], "", 0, 0), ([(2.1, 0), (2.7, 0)], "1 text", 2.22, 0.08),
-    ([(0, -0.33), (0, -0.82)], "prompt", 0.06, -0.6), ([(0.5, -1.15), (1.1, -1.15)], "3 V", 0.68, -1.07),
-    ([(1.4, -0.33), (1.4, -0.82)], "2 responses", 0.72, -0.6),
-    ([(1.8, -0.82), (1.8, -0.33)], "6 new weights", 1.86, -0.6),
-    ([(3, -0.33), (3, -1.05), (2.1, -1.05)], "3 R", 2.5, -0.97),
-    ([(3.4, -0.33), (3.4, -1.7), (0, -1.7), (0, -1.48)], "5 R also trains the critic", 1.2, -1.64))
-
-
-def draw_step(plt):
-    """What goes from one to the next in a step. The numbers are those of the parts in `training_loop`."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.6))
-    for who, (what, x, y) in BOXES.items():
-        axes.add_patch(plt.Rectangle((x - 0.5, y - 0.33), 1, 0.66, edgecolor=INK, linewidth=1.2,
-                                     facecolor="#f0f0f0" if who == "prompts" else "white"))
-        axes.text(x, y + 0.17, who, ha="center", va="center", weight="bold", fontsize=9)
-        axes.text(x, y - 0.11, what, ha="center", va="center")
-    for way, text, x, y in ARROWS:
-        axes.plot(*zip(*way, strict=True), color=INK, linewidth=1.2)
-        axes.annotate("", way[-1], way[-2],
-                      arrowprops=dict(arrowstyle="-|>", color=INK, shrinkA=0, shrinkB=0))
-        axes.text(x, y, text)
-    axes.set(xlim=(-0.55, 3.75), ylim=(-1.8, 0.4))
-    axes.axis("off")
     return figure
 
 
