@@ -10,7 +10,7 @@ GROUP = 8  # samples per prompt of GRPO and RLOO
 EQUAL = "GRPO at equal responses"  # as many responses per step as SPPO, so an eighth of the prompts
 CONSTANT = "a constant"  # a running mean of the rewards in the critic's place
 STYLES = {  # name: line, colour; tables have this order
-    "SPPO": ("-", "#000000"), "SPPO, small critic": ("--", "#000000"), CONSTANT: ("--", "#7a7a7a"),
+    "SPPO": ("-", "#000000"), "SPPO, small critic": ("--", "#000000"), CONSTANT: ("-.", "#00796b"),
     "SPO": ("-.", "#6a51a3"), "PPO": ("-", "#2171b5"), "PPO + BCE": ("--", "#2171b5"),
     "GRPO": ("-", "#d94801"), EQUAL: ("--", "#d94801"), "RLOO": (":", "#8c2d04"), "ReMax": (":", "#41ab5d")}
 FIRST = "SPPO", CONSTANT, "GRPO", EQUAL  # README's figure
