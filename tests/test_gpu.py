@@ -22,7 +22,8 @@ from engines import Response, VLLMEngine
 from log import progress
 from rollout import Batch
 from sppo import TrainConfig, policy_step
-from tools import gpu
+from tools import bench, gpu
+from tools.plan import PlanConfig
 
 # ---- starting ----------------------------------------------------------------------------------------------
 
@@ -225,14 +226,26 @@ def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch, cap
     assert "failed: took more than 1 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", gpu.PARTS)
-def test_the_dry_run_of_each_part(name, tmp_path):
-    """With outputs of its own. One of the two that offload is enough: they differ on a GPU."""
-    if name == "offload all" or (name in ("oversample", "generate") and not importlib.util.find_spec("vllm")):
-        pytest.skip("has a sibling, or vLLM is not installed")
-    command = gpu.DRY.get(name, gpu.PARTS[name][2]).replace("runs/gpu", str(tmp_path))
-    words = shlex.split(command)
-    done = run(words[1].replace("tools.", "tools/") + ".py", *words[2:]) if words[0] == "-m" else run(*words) \
-        if words[0] != "-c" else subprocess.run([sys.executable, *words], text=True, capture_output=True)
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@pytest.mark.parametrize("name", ["versions", "generate", "offload between"])
+def test_the_dry_run_of_a_part(name, tmp_path):
+    """Those whose command no other test runs."""
+    words = shlex.split(gpu.DRY.get(name, gpu.PARTS[name][2]).replace("runs/gpu", str(tmp_path)))
+    if words[0] == "-m":
+        done = run(f"{words[1].replace('.', '/')}.py", *words[2:])
+    else:
+        done = subprocess.run([sys.executable, *words], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert {"versions": "torch ", "generate": "ratio ", "offload between": "memory: peak"}[name] in done.stdout
+
+
+@pytest.mark.parametrize("name, command", [*((name, command) for name, (*_, command) in gpu.PARTS.items()), *gpu.DRY.items()])
+def test_the_commands_are_understood(name, command):
+    """Every part, on a GPU and dry: its options exist, with values that no check refuses."""
+    words = shlex.split(command)
+    config = {"sppo.py": (TrainConfig, 1), "tools.plan": (PlanConfig, 3), "tools.bench": (bench.StepConfig, 3)}
+    kind, first = config.get(words[1] if words[0] == "-m" else words[0], (None, 0))
+    if name == "generate":
+        kind = bench.GenerateConfig
+    if kind:
+        kind.parse("", words[first:])
