@@ -137,7 +137,8 @@ def table(runs):
         def late(key, seeds=seeds):
             """The mean over the later half of the steps."""
             series = [run["metrics"].get(key, []) for run in seeds]
-            return f"{mean_of(v for s in series for v in s[len(s) // 2 :]):.2f}" if series[0] else ""
+            values = [v for s in series for v in s[len(s) // 2 :] if v is not None]
+            return f"{statistics.mean(values):.2f}" if values else ""
         each = statistics.mean(1000 * sum(run["phases"].values()) / run["responses"][-1] for run in seeds)
         rows.append((name, seeds[0]["lr"], accuracy_text(seeds),
                      f"{statistics.mean(run['seconds'][-1] for run in seeds):.0f}",
