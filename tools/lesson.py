@@ -146,7 +146,9 @@ def draw(data, folder):
     plt.rcParams.update({"svg.hashsalt": "lesson", "svg.fonttype": "none", "hatch.linewidth": 0.6,
                          "axes.axisbelow": True, "figure.dpi": 120, "font.size": 7.5, "axes.labelsize": 8.5,
                          "axes.titlesize": 8.5, "axes.titlelocation": "left", "legend.fontsize": 8,
-                         "xtick.labelsize": 8, "ytick.labelsize": 8})
+                         "xtick.labelsize": 8, "ytick.labelsize": 8,
+                         # One font each, since an SVG repeats the list for each text.
+                         "font.sans-serif": ["DejaVu Sans"], "font.monospace": ["DejaVu Sans Mono"]})
     save(plt, {"praise": draw_praise(plt, data["groups"]), "critic": draw_critic(plt, data["critic"]),
                "clock": draw_clock(plt, data)}, folder)
 
