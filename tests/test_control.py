@@ -31,7 +31,7 @@ def short(monkeypatch, tmp_path):
 def test_trajectories_are_those_of_one_environment_at_a_time(name, env, to_state):
     """Here each action is tried again, in an environment of its own. Success is to end to the right."""
     torch.manual_seed(0)
-    task = replace(control.TASKS[name], horizon=25, success=lambda s, reward, ended: ~ended & (s[:, 0] > 0))
+    task = replace(control.TASKS[name], horizon=25, success=lambda s, reward, ended: s[:, 0] > 0)
     batch = control.sample(task, task.make(16, seed=0), policy := control.Policy(task))
     alone, right = gymnasium.make(env).unwrapped, []
     for states, actions, mask in zip(batch.states, batch.actions, batch.mask, strict=True):
@@ -44,8 +44,15 @@ def test_trajectories_are_those_of_one_environment_at_a_time(name, env, to_state
             if not goes_on:
                 break
             assert states[t + 1].tolist() == pytest.approx(state.tolist(), abs=1e-3)
-        right.append(float(not ended and state[0] > 0))
+        right.append(float(state[0] > 0))
     assert batch.success.tolist() == right
+
+
+def test_pendulums_hang_anywhere_and_actions_fill_the_limits():
+    task = control.TASKS["Pendulum"]
+    cosines = task.make(32, seed=0).reset()[0][:, 0]
+    assert cosines.min() < -0.9 and cosines.max() > 0.9
+    assert control.Policy(task).to_env(torch.tensor([[0.5], [-3.0]])).tolist() == [[1.0], [-2.0]]
 
 
 @pytest.mark.parametrize("name, state, reward, ended, succeeds", [
