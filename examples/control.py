@@ -223,6 +223,12 @@ METHODS = {"SPPO": SPPO, "PPO": PPO, "PPO, not whitened": partial(PPO, whitened=
 
 # ---- the loop: that of sppo.py -----------------------------------------------------------------------------
 
+def step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, report=lambda *_: False):
     """Trains `policy` in place. Returns each update's share of successes. `report(update, share)` stops it by
     returning True."""
@@ -248,12 +254,6 @@ def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, r
         if report(update, curve[-1]):
             break
     return curve
-
-
-def step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 # ---- where the policy comes from: an expert, and its clone -------------------------------------------------
