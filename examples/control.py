@@ -55,6 +55,7 @@ class Task:
     scale: tuple  # states are divided by these D numbers, so that the networks see values around 1
     dense: Callable = lambda states, rewards: rewards / 100  # the expert's: [B, T + 1, D], [B, T] -> [B, T]
     expert_horizon: int = 1000  # a shorter one where an expert learns sooner with it
+    cloned: float = 0.2  # the clone's share of successes; above that of chance
     options: dict = field(default_factory=dict)  # of the environment
 
     def make(self, count, seed):
@@ -101,7 +102,7 @@ TASKS = {
     # A crash also brings the legs to the ground. It is told by its reward, -100.
     "LunarLander": Task("LunarLander-v3", 1000, 16, scale=(1,) * 8, success=lambda s, reward, ended:
                         (s[:, 6:].max(1) == 1) & (abs(s[:, 0]) < 0.4) & (reward > -100)),
-    "Pendulum": Task(Pendulums, 1000, 16, scale=(1, 1, 8), expert_horizon=200,
+    "Pendulum": Task(Pendulums, 1000, 16, scale=(1, 1, 8), expert_horizon=200, cloned=0.5,
                      success=lambda s, reward, ended: s[:, 0] > 0.8),
 }
 
@@ -293,9 +294,10 @@ def clone(task, expert, seed, target):
     return policy
 
 
-def start(name, seed, target=0.2):
+def start(name, seed, target=None):
     """The clone. It and the expert are kept in runs/control, so that all methods start from the same."""
     task, folder = TASKS[name], ROOT / "runs" / "control"
+    target = target or task.cloned
 
     def kept(file, make):
         policy = Policy(task)
