@@ -34,6 +34,10 @@ race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: four min
 lesson: install  ## the pictures of docs/pictures, from a run of the built-in model: some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lesson
 
+control: install  ## SPPO without a language model (examples/control.py): a minute, after installing Gymnasium
+	$(BIN)/python -m pip install -q -r requirements-control.txt
+	OMP_NUM_THREADS=1 $(BIN)/python examples/control.py
+
 gpu: install  ## measure one NVIDIA GPU: ten minutes at most, without a network
 	$(BIN)/python -m tools.gpu
 
@@ -46,5 +50,5 @@ install: .venv/installed  ## what everything needs, into .venv (for a GPU if the
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help demo test race race-batches race-grid race-quick lesson gpu install clean
+.PHONY: help demo test race race-batches race-grid race-quick lesson control gpu install clean
 .DEFAULT_GOAL := help

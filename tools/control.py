@@ -1,0 +1,123 @@
+"""The experiments of examples/control.py: each task, method and seed of PLAN, a figure and a table.
+
+    python -m tools.control              what results/control.json lacks, then the figure: an hour or more
+    python -m tools.control --redraw     the figure and the table alone
+
+Each run is written to results/control.json when it ends. So a command that was stopped goes on from there.
+"""
+import argparse
+import itertools
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+from tools.race_figures import pyplot, save
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+METHODS = {"SPPO": ("-", "#08519c"), "PPO": ("--", "#d94801"), "PPO, not whitened": ("-.", "#fd8d3c"),
+           "batch mean": (":", "#444444")}
+# What might make PPO fail, as it does in the paper: (its baseline's settings, the training's, the clone's).
+VARIATIONS = {
+    "": ({}, {}, {}),
+    "lambda 0.95": (dict(lam=0.95), {}, {}), "values clipped to 0.05": (dict(value_clip=0.05), {}, {}),
+    "critic lr 1e-2": ({}, dict(critic_lr=1e-2), {}), "critic lr 1e-4": ({}, dict(critic_lr=1e-4), {}),
+    "lr 3e-3": ({}, dict(lr=3e-3), {}), "clone at 0.02": ({}, {}, dict(target=0.02))}
+# (task, updates, seeds, variations, methods). The paper has 312 updates of CartPole, 1,250 of MountainCar,
+# 2,500 of Hopper, 1,875 of LunarLander and 2,500 of Pendulum.
+PLAN = [*((name, updates, [seed], [""], METHODS) for seed in range(3)
+          for name, updates in (("CartPole", 60), ("MountainCar", 40), ("Pendulum", 60))),
+        ("MountainCar", 40, range(3), VARIATIONS, ["PPO"]),
+        ("MountainCar", 40, range(3), ["lr 3e-3", "clone at 0.02"], ["SPPO"]),
+        ("LunarLander", 60, range(3), [""], METHODS), ("Hopper", 60, range(3), [""], METHODS),
+        ("CartPole", 60, [3, 4], [""], METHODS)]
+
+
+def run_missing(runs, write):
+    import torch
+
+    from examples import control
+    torch.set_num_threads(1)
+    for name, updates, seeds, settings, methods in PLAN:
+        for seed, setting, method in itertools.product(seeds, settings, methods):
+            key = dict(task=name, method=method, setting=setting, seed=seed)
+            if any(key.items() <= run.items() for run in runs):
+                continue
+            of_baseline, of_training, of_clone = VARIATIONS[setting]
+            task, policy = control.TASKS[name], control.start(name, seed, **of_clone)
+            baseline, begin = partial(control.METHODS[method], **of_baseline), time.process_time()
+            curve = control.train(task, policy, baseline, updates, seed, **of_training)
+            runs.append(dict(key, trajectories=task.batch, cpu_seconds=round(time.process_time() - begin, 1),
+                             success=[round(x, 4) for x in curve]))
+            write()
+            print(*key.values(), f"{curve[0]:.2f} -> {final(runs[-1]):.2f}", sep=", ", flush=True)
+
+
+def final(run):
+    """The mean success over the last tenth of the updates."""
+    return statistics.mean(run["success"][-max(1, len(run["success"]) // 10):])
+
+
+def table(runs):
+    """Markdown: the success at the end, mean and range over seeds, a row for each task and setting."""
+    rows = ["| task | trajectories | seeds | before | " + " | ".join(METHODS) + " |", "| --- " * 8 + "|"]
+    for name, setting in dict.fromkeys((run["task"], run["setting"]) for run in runs):
+        some, cells = [run for run in runs if (run["task"], run["setting"]) == (name, setting)], []
+        for method in METHODS:
+            ends = [final(run) for run in some if run["method"] == method]
+            cells.append(f"{statistics.mean(ends):.2f} [{min(ends):.2f}, {max(ends):.2f}]" if ends else "")
+        number = some[0]["trajectories"] * len(some[0]["success"])
+        seeds, before = len({run["seed"] for run in some}), statistics.mean(run["success"][0] for run in some)
+        title = f"{name}, {setting}" if setting else name
+        rows.append(f"| {title} | {number:,} | {seeds} | {before:.2f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(plt, runs):
+    """A panel for each task: success over trajectories, mean and range over seeds."""
+    runs = [run for run in runs if not run["setting"]]
+    names = list(dict.fromkeys(run["task"] for run in runs))
+    figure, panels = plt.subplots(1, len(names), figsize=(2 + 2.6 * len(names), 2.8), sharey=True,
+                                  squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        for method, (line, colour) in METHODS.items():
+            some = [run for run in runs if (run["task"], run["method"]) == (name, method)]
+            columns = list(zip(*(smooth(run["success"]) for run in some), strict=True))
+            x = [some[0]["trajectories"] * (i + 1) for i in range(len(columns))] if some else []
+            axes.plot(x, list(map(statistics.mean, columns)), line, color=colour, label=method)
+            axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12,
+                              linewidth=0)
+        seeds = len({run["seed"] for run in runs if run["task"] == name})
+        axes.set(title=f"{name}, {seeds} seeds", xlabel="trajectories", ylim=(0, 1.02))
+    panels[0][0].set_ylabel("share of successes")
+    panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def smooth(values, width=5):
+    """The mean over the last `width` updates: eight trajectories are few."""
+    return [statistics.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--redraw", action="store_true", help="only draw what was run")
+    file, args = RESULTS / "control.json", parser.parse_args()
+    runs = json.loads(file.read_text()) if file.exists() else []
+
+    def write():
+        new = file.with_suffix(".new")
+        new.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+        new.replace(file)  # so that a command stopped here leaves the file as it was
+
+    if not args.redraw:
+        run_missing(runs, write)
+    print(table(runs))
+    plt = pyplot()
+    save(plt, {"control": draw(plt, runs)}, RESULTS)
+
+
+if __name__ == "__main__":
+    main()

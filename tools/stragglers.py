@@ -1,0 +1,105 @@
+"""How much faster is training without groups? SPO's 4.35 (arXiv 2509.13232) is one draw; here are many.
+
+    python -m tools.stragglers        results/stragglers.png, in seconds
+
+48 trajectories are in flight, and a step needs 24. GRPO's come in 6 groups of 8, and a group is done when its
+slowest is. So GRPO waits for the third fastest group (486 s in the paper's draw), and SPO for the first 24 of
+all (112 s). The paper does not say how its seconds are distributed. They look like two kinds: fast ones, here
+uniform in 60 to 135 s, and stragglers, uniform in 400 to 560 s, each with probability p.
+
+What the ratio does not count: the 24 that are not there yet are dropped, and these are the long ones. So the
+policy hardly learns from long answers. sppo.py's --oversample lets them finish, and trains on each.
+"""
+from pathlib import Path
+
+import numpy as np
+
+from tools.race_figures import pyplot, save
+
+DRAWS = 4000
+
+
+def two_kinds(p, shape, random):
+    """Seconds of trajectories, stragglers with probability p."""
+    return np.where(random.random(shape) < p, random.uniform(400, 560, shape), random.uniform(60, 135, shape))
+
+
+def log_normal(sigma, shape, random):
+    """Seconds whose logarithm is Gaussian, with a median of 100 s."""
+    return 100 * np.exp(sigma * random.standard_normal(shape))
+
+
+def in_groups(seconds, wanted):
+    """When `wanted` trajectories of whole groups are done [...], and which. seconds [..., groups, size]."""
+    ends = seconds.max(-1)  # [..., groups]
+    last = np.sort(ends, -1)[..., -(-wanted // seconds.shape[-1]) - 1]
+    return last, np.broadcast_to((ends <= last[..., None])[..., None], seconds.shape)
+
+
+def one_by_one(seconds, wanted):
+    """The same without groups."""
+    last = np.sort(seconds.reshape(*seconds.shape[:-2], -1), -1)[..., wanted - 1]
+    return last, seconds <= last[..., None, None]
+
+
+def ratio(seconds, wanted):
+    """How many times as long groups take: [...]."""
+    return in_groups(seconds, wanted)[0] / one_by_one(seconds, wanted)[0]
+
+
+def band(axes, x, rows, style, label, colour):
+    """The median over draws, and a band from the 10th to the 90th percentile."""
+    low, median, high = np.percentile(rows, (10, 50, 90), axis=1)
+    axes.plot(x, median, style, color=colour, label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def draw(plt):
+    random, shares, blue, orange = np.random.default_rng(0), np.linspace(0, 0.6, 25), "#08519c", "#d94801"
+    figure, ((by_p, by_sigma), (by_size, learned)) = plt.subplots(2, 2, figsize=(8, 6))
+    for axes, values, lengths in ((by_p, shares, two_kinds), (by_sigma, np.linspace(0, 2, 21), log_normal)):
+        draws = [lengths(value, (DRAWS, 6, 8), random) for value in values]
+        band(axes, values, [ratio(x, 24) for x in draws], "-", "3 of 6 groups of 8", blue)
+        band(axes, values, [x.max((1, 2)) / one_by_one(x, 24)[0] for x in draws], "--", "all 48", orange)
+        axes.axhline(4.35, color="#444444", linewidth=0.8, linestyle=":")
+    by_p.set(title="two kinds of length", xlabel="p, share of stragglers",
+             ylabel="seconds / those of the first 24")
+    by_p.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.28, 0))
+    by_sigma.set(title="log-normal lengths", xlabel="σ of the logarithm", ylim=(0, 12))
+    by_sigma.text(0, 4.5, "the paper: 4.35", fontsize=7)
+
+    sizes = (1, 2, 4, 8, 12, 24)
+    for p, flying, style, colour in ((0.05, 48, "o-", "#6baed6"), (0.15, 48, "s--", blue),
+                                     (0.3, 48, "^-.", orange), (0.15, 96, "x:", "#444444")):
+        draws = [two_kinds(p, (DRAWS, flying // size, size), random) for size in sizes]
+        by_size.plot([np.median(ratio(x, 24)) for x in draws], style, color=colour,
+                     label=f"p = {p}, {flying} in flight")
+    by_size.set_xticks(range(len(sizes)), map(str, sizes))
+    by_size.set(title="group size (medians)", xlabel="trajectories in a group", ylim=(0, 8),
+                ylabel="seconds / those of the first 24")
+    by_size.legend(fontsize=8)
+
+    draws = [two_kinds(p, (DRAWS, 6, 8), random) for p in shares]
+    for label, style, colour, which in (
+            ("--oversample: each, when it is done", "-", "#444444", lambda x: x > 0),
+            ("3 of 6 groups of 8", "--", blue, lambda x: in_groups(x, 24)[1]),
+            ("the first 24, as in the paper", "-.", orange, lambda x: one_by_one(x, 24)[1])):
+        learned.plot(shares, [(x[which(x)] > 300).mean() for x in draws], style, color=colour, label=label)
+    learned.set(title="what is learned from", xlabel="p, share of stragglers",
+                ylabel="share of stragglers in it")
+    learned.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def main():
+    random = np.random.default_rng(1)
+    for p in (0.05, 0.1, 0.15, 0.3, 0.5):
+        low, median, high = np.percentile(ratio(two_kinds(p, (20_000, 6, 8), random), 24), (10, 50, 90))
+        print(f"p = {p:4}: groups take {median:.1f} times as long [{low:.1f}, {high:.1f}]")
+    plt = pyplot()
+    save(plt, {"stragglers": draw(plt)}, Path(__file__).resolve().parent.parent / "results")
+
+
+if __name__ == "__main__":
+    main()
