@@ -1,0 +1,135 @@
+"""Which families of models train here: two steps of a tiny one of each, at learning rate 0.
+
+    python -m tools.families [--engine vllm] [--ranks 2] [FAMILY ...]       writes results/families.md
+
+Every model is built from transformers' own config class (2 layers, hidden 64, random weights), with the tokenizer of the
+built-in model. "Trains" means that the run ended well. Its gap is the mean difference of trainer's and
+engine's log-probabilities, and its saved gap that of the model that was loaded and the one that was saved.
+Both should be rounding, in float32. "Refused" is the run's one sentence.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cli import BUILTIN_MODEL, clear_errors
+from machine import checkpoint_tensors, transformers
+from sppo import SPPO, TrainConfig, train
+
+SIZES = dict(vocab_size=265, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512, head_dim=16, eos_token_id=257, pad_token_id=256)
+EXPERTS = SIZES | dict(moe_intermediate_size=32, num_experts_per_tok=2, num_experts=4, num_local_experts=4,
+                       n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
+WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+GPT = dict(n_positions=512, n_embd=64, n_layer=2, n_head=4)
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0] * 8,
+            original_max_position_embeddings=64)
+FAMILIES = {  # name: config class, and what differs from SIZES
+    "Qwen2": ("Qwen2Config", {}), "Qwen3": ("Qwen3Config", {}), "Llama": ("LlamaConfig", {}),
+    "Mistral": ("MistralConfig", dict(sliding_window=None)), "Mistral, window": ("MistralConfig", WINDOW),
+    "Gemma 2": ("Gemma2Config", {}), "Gemma 3": ("Gemma3TextConfig", WINDOW),
+    "Gemma 4": ("Gemma4TextConfig", WINDOW | dict(vocab_size_per_layer_input=265,
+                                                  hidden_size_per_layer_input=16)),
+    "Phi-3": ("Phi3Config", dict(sliding_window=None)),
+    "Phi-3, LongRoPE": ("Phi3Config", dict(sliding_window=None, max_position_embeddings=4096,
+                                           original_max_position_embeddings=64, rope_parameters=LONG)),
+    "OLMo 2": ("Olmo2Config", {}), "SmolLM3": ("SmolLM3Config", {}),
+    "Granite": ("GraniteConfig", dict(logits_scaling=8.0)), "GPT-2": ("GPT2Config", GPT),
+    "OPT": ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64)), "Seed-OSS": ("SeedOssConfig", {}),
+    "Qwen2-MoE": ("Qwen2MoeConfig", EXPERTS | dict(shared_expert_intermediate_size=32)),
+    "Qwen3-MoE": ("Qwen3MoeConfig", EXPERTS), "Mixtral": ("MixtralConfig", EXPERTS),
+    "GLM-4-MoE": ("Glm4MoeConfig", EXPERTS),
+    "DeepSeek-V3": ("DeepseekV3Config", EXPERTS | dict(
+        num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+        v_head_dim=16)),
+    "GPT-OSS": ("GptOssConfig", EXPERTS | WINDOW), "Falcon": ("FalconConfig", {}),
+    "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=4, n_layers=2)),
+    "Mamba-2": ("Mamba2Config", dict(num_heads=8, n_groups=1, state_size=16)), "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS)}
+
+
+def build(name, folder):
+    """Writes a model of this family, its weights and buffers large enough that a lost one would show."""
+    library, (kind, different) = transformers(), FAMILIES[name]
+    torch.manual_seed(0)
+    model = library.AutoModelForCausalLM.from_config(getattr(library, kind)(**SIZES | different))
+    for _, tensor in checkpoint_tensors(model):
+        if tensor.is_floating_point():
+            tensor.data += 0.1 * torch.randn_like(tensor)
+    model.generation_config = library.GenerationConfig(eos_token_id=257)
+    model.save_pretrained(folder)
+    library.AutoTokenizer.from_pretrained(BUILTIN_MODEL).save_pretrained(folder)
+
+
+def run(folder, engine, options=()):
+    with clear_errors():
+        train(TrainConfig.parse(None, [
+            *f"--model {folder} --output {folder}/run --dataset chain:64 --engine {engine} --steps 2 --lr 0 "
+             "--prompts-per-step 8 --minibatch 4 --critic-lr 0 --eval-every 0 --max-prompt-tokens 64 --temperature 1 "
+             "--max-response-tokens 64 --dtype float32 --save-every 0".split(), *options]), SPPO)
+
+
+@torch.no_grad()
+def compare(folder):
+    """Writes the mean difference of the log-probabilities of the model in `folder` and of the one saved."""
+    ids, found = torch.arange(3, 103).view(2, 50), []
+    for path in (folder, f"{folder}/run/model"):
+        model = transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        found.append(model(input_ids=ids, use_cache=False).logits.log_softmax(-1))
+    Path(folder, "saved").write_text(str((found[0] - found[1]).abs().mean().item()))
+
+
+def in_processes(ranks, function, *arguments):
+    """Calls it in `ranks` processes of their own, as torchrun would place them; (whether all ended well, what they
+    printed). Forked, because importing the libraries anew takes longer than all the rest."""
+    with socket.socket() as free, tempfile.NamedTemporaryFile("r") as printed:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+
+        def child(rank):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            output = os.open(printed.name, os.O_WRONLY | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            function(*arguments)
+        children = [multiprocessing.get_context("fork").Process(target=child, args=(r,)) for r in range(ranks)]
+        for process in children:
+            process.start()
+        for process in children:
+            process.join()
+        return not any(process.exitcode for process in children), printed.read()
+
+
+def attempt(name, engine, ranks=1, options=()):
+    """(family, "trains" or "refused" or "fails", gap, saved gap or the sentence)"""
+    with tempfile.TemporaryDirectory() as folder:
+        well, text = in_processes(1, build, name, folder)
+        well, text = in_processes(ranks, run, folder, engine, options) if well else (well, text)
+        well, text = in_processes(1, compare, folder) if well else (well, text)
+        if well:
+            steps = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+            gap, saved = max(step.get("policy/rollout_gap", 0) for step in steps), float(Path(folder, "saved").read_text())
+            return name, "trains", f"{gap:.0e}", f"{saved:.0e}"
+        last = text.strip().splitlines()[-1].replace(folder, "the model")
+        return (name, "refused", last.removeprefix("error: "), "") if "error: " in last and "Traceback" not in text else (
+            name, "**fails**", last, "")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=[*FAMILIES], metavar="FAMILY")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--output", default="results/families.md")
+    c = parser.parse_args()
+    rows = [("family", "", "gap, or why", "saved gap"), ("---",) * 4]
+    for name in c.families:
+        rows.append(attempt(name, c.engine, c.ranks))
+        print(*rows[-1], sep="  ", flush=True)
+    Path(c.output).write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
