@@ -204,6 +204,7 @@ class VLLMEngine:
     def close(self):
         """Must come before the process group ends, which vLLM uses to shut down."""
         self.llm.llm_engine.engine_core.shutdown()
+        self.config.__exit__(None, None, None)
         del self.llm
         gc.collect()
 
@@ -216,6 +217,8 @@ def _repack(model):
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():  # other layers keep no unpacked weights
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        if hasattr(module, "w13_weight"):
+            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 # ---- transformers ------------------------------------------------------------------------------------------

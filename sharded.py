@@ -273,8 +273,13 @@ class ShardedModel:
         depend on the longest row. model: its name. longest: tokens of the longest row that it will read."""
         ids, states = [3 + i % 50 for i in range(longest)], []
         row = torch.tensor(ids[:32])  # hidden states of this one are compared
-        hook = self.backbone.register_forward_hook(
-            lambda *call: states.append(call[-1].last_hidden_state[0, : len(row)].float()))
+        forward = self.backbone.forward
+
+        def noted(*arguments, **options):  # no hook, since vLLM makes some of transformers' classes skip hooks
+            out = forward(*arguments, **options)
+            states.append(out.last_hidden_state[0, : len(row)].float())
+            return out
+        self.backbone.forward = noted
         try:
             with torch.no_grad(), self.on_device(optimizer=False):
                 for beside in ([], [torch.tensor(ids)], []):
@@ -284,7 +289,7 @@ class ShardedModel:
             raise InputError(f"{model}: it cannot be run here ({type(error).__name__}: {first_line(error)}); "
                              f"{OTHERS}") from error
         finally:
-            hook.remove()
+            self.backbone.forward = forward
         alone, beside, again = states
         exact = self.dtype == torch.float32  # in bfloat16, other shapes are rounded otherwise
         for other, bound, what in ((again, 1e-3, "read twice, is not the same"),

@@ -8,6 +8,8 @@ engine's log-probabilities, and its saved gap that of the model that was loaded 
 Both should be rounding, in float32. "Refused" is the run's one sentence.
 """
 import argparse
+import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,35 +23,37 @@ from cli import BUILTIN_MODEL, clear_errors
 from machine import checkpoint_tensors, transformers
 from sppo import SPPO, TrainConfig, train
 
-SIZES = dict(vocab_size=265, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=512, head_dim=16, eos_token_id=257, pad_token_id=256)
+SIZES = dict(vocab_size=265, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, max_position_embeddings=512, eos_token_id=257, pad_token_id=256)
 EXPERTS = SIZES | dict(moe_intermediate_size=32, num_experts_per_tok=2, num_experts=4, num_local_experts=4,
-                       n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
-WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-GPT = dict(n_positions=512, n_embd=64, n_layer=2, n_head=4)
-LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0] * 8,
+                       n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, head_dim=32,
+                       first_k_dense_replace=1)
+HEAD, NO_WINDOW = dict(head_dim=32), dict(sliding_window=None)
+WINDOW = HEAD | dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+GPT = dict(n_positions=512, n_embd=64, n_layer=2, n_head=2)
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 16, long_factor=[4.0] * 16,
             original_max_position_embeddings=64)
 FAMILIES = {  # name: config class, and what differs from SIZES
-    "Qwen2": ("Qwen2Config", {}), "Qwen3": ("Qwen3Config", {}), "Llama": ("LlamaConfig", {}),
-    "Mistral": ("MistralConfig", dict(sliding_window=None)), "Mistral, window": ("MistralConfig", WINDOW),
-    "Gemma 2": ("Gemma2Config", {}), "Gemma 3": ("Gemma3TextConfig", WINDOW),
+    "Qwen2": ("Qwen2Config", {}), "Qwen3": ("Qwen3Config", HEAD), "Llama": ("LlamaConfig", {}),
+    "Mistral": ("MistralConfig", NO_WINDOW), "Mistral, window": ("MistralConfig", WINDOW),
+    "Gemma 2": ("Gemma2Config", HEAD), "Gemma 3": ("Gemma3TextConfig", WINDOW),
     "Gemma 4": ("Gemma4TextConfig", WINDOW | dict(vocab_size_per_layer_input=265,
                                                   hidden_size_per_layer_input=16)),
-    "Phi-3": ("Phi3Config", dict(sliding_window=None)),
+    "Phi-3": ("Phi3Config", NO_WINDOW),
     "Phi-3, LongRoPE": ("Phi3Config", dict(sliding_window=None, max_position_embeddings=4096,
                                            original_max_position_embeddings=64, rope_parameters=LONG)),
     "OLMo 2": ("Olmo2Config", {}), "SmolLM3": ("SmolLM3Config", {}),
     "Granite": ("GraniteConfig", dict(logits_scaling=8.0)), "GPT-2": ("GPT2Config", GPT),
-    "OPT": ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64)), "Seed-OSS": ("SeedOssConfig", {}),
+    "OPT": ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64)), "Seed-OSS": ("SeedOssConfig", HEAD),
     "Qwen2-MoE": ("Qwen2MoeConfig", EXPERTS | dict(shared_expert_intermediate_size=32)),
     "Qwen3-MoE": ("Qwen3MoeConfig", EXPERTS), "Mixtral": ("MixtralConfig", EXPERTS),
     "GLM-4-MoE": ("Glm4MoeConfig", EXPERTS),
     "DeepSeek-V3": ("DeepseekV3Config", EXPERTS | dict(
-        num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
-        v_head_dim=16)),
+        num_key_value_heads=2, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+        v_head_dim=32)),
     "GPT-OSS": ("GptOssConfig", EXPERTS | WINDOW), "Falcon": ("FalconConfig", {}),
-    "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=4, n_layers=2)),
-    "Mamba-2": ("Mamba2Config", dict(num_heads=8, n_groups=1, state_size=16)), "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS)}
+    "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=2, n_layers=2)),
+    "Mamba-2": ("Mamba2Config", dict(num_heads=8, n_groups=1, state_size=16)), "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS | dict(layer_types=["conv", "full_attention"]))}
 
 
 def build(name, folder):
@@ -90,6 +94,10 @@ def in_processes(ranks, function, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
+
+        for module in ("eval", "torch.distributed.fsdp", "torch.distributed.checkpoint", "vllm.v1.engine.core"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
 
         def child(rank):
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
