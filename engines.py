@@ -9,7 +9,6 @@ Both have the same four methods, and the training loop never asks which one it h
 
 Each rank has its own engine (or `tensor_parallel` neighbours share one) and samples its part of the prompts.
 """
-import contextlib
 import copy
 import gc
 import importlib.util
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from cli import InputError
 from log import progress
-from machine import checkpoint_names, checkpoint_tensors
+from machine import checkpoint_names, checkpoint_tensors, first_line, skeleton
 
 
 @dataclass
@@ -60,8 +59,13 @@ def stop_tokens(model, tokenizer, trust_remote_code=False):
     from transformers import AutoConfig, GenerationConfig
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     named = [tokenizer, config, config.get_text_config()]
-    with contextlib.suppress(OSError):  # the model has no generation config
+    try:
         named.append(GenerationConfig.from_pretrained(model))
+    except OSError:  # the model has none
+        pass
+    except ValueError as error:
+        raise InputError(f"{model}: its generation_config.json is refused by transformers "
+                         f"({first_line(error)}); correct it") from None
     tokens = set()
     for part in named:
         some = getattr(part, "eos_token_id", None)
@@ -77,6 +81,7 @@ class VLLMEngine:
         """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its
         response together. memory: the share of a GPU's memory that vLLM may use while it is awake."""
         self.device, self.stop = device, stop
+        self.skeleton = skeleton("AutoModelForCausalLM", model, trust_remote_code)  # vLLM wants other names
         on_gpu = device.type == "cuda"
         # In this process, so that it takes new weights as tensors, without copies between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -189,12 +194,13 @@ class VLLMEngine:
         self.llm.wake_up(tags=[what])
 
     def sync(self, weights):
-        """weights: an iterator of (name in a checkpoint, full tensor); vLLM keeps about a
+        """weights: an iterator of (transformers' name, full tensor); vLLM keeps about a
         layer of them at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
             self._wake("weights")
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        named = checkpoint_names(self.skeleton, weights)
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
         if asleep:
             self._wake("kv_cache")
         if self.device.type == "cpu":
@@ -288,8 +294,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self, weights):
-        # By their names in a checkpoint, which may have several tensors where this model has one: then views.
-        ours = dict(checkpoint_names(self.lm, checkpoint_tensors(self.lm)))
+        ours = dict(checkpoint_tensors(self.lm))
         for name, tensor in weights:
             ours[name].copy_(tensor)
 

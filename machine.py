@@ -173,13 +173,11 @@ def load(auto, model, trust_remote_code):
         if head is not None and head.weight is not module.get_input_embeddings().weight:
             tied = False
             module.config.tie_word_embeddings = module.config.get_text_config().tie_word_embeddings = False
-    problem, tied, conversions = from_rank_0(lambda: (
-        problem, tied, getattr(module, "_weight_conversions", None)))
+    problem, tied = from_rank_0(lambda: (problem, tied))
     if problem:
         raise InputError(f"{model}: its checkpoint {problem}; give one that belongs to its config.json")
     if module is None:
         module = skeleton(auto, model, trust_remote_code, tied)
-        module._weight_conversions = conversions  # how names in memory become those of the checkpoint
     names = [None] * dist.get_world_size()
     dist.all_gather_object(names, [(name, *tensor.shape) for name, tensor in checkpoint_tensors(module)])
     if names.count(names[0]) < len(names):  # or ranks would wait for each other's broadcasts for ever
@@ -203,14 +201,16 @@ def checkpoint_tensors(module):
 
 
 def checkpoint_names(module, tensors):
-    """Yields (name in the checkpoint, tensor) for an iterator of (name in memory, tensor).
+    """Yields (name in a checkpoint, tensor) for an iterator of (name in memory, tensor). module: the model,
+    or its skeleton.
 
     transformers loads the experts of a mixture as one tensor, for example, where the checkpoint, and so vLLM,
     has one for each. Such tensors are converted a layer at a time. All others are passed on one by one.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-    if not getattr(module, "_weight_conversions", None):
-        yield from tensors
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+    if all(isinstance(c, PrefixChange) for c in get_model_conversion_mapping(module, add_legacy=False)):
+        yield from tensors  # (of prefixes, vLLM knows both forms)
         return
     for _, part in itertools.groupby(tensors, lambda pair: re.match(r"\D*\d+\.|", pair[0])[0]):
         yield from revert_weight_conversion(module, dict(part)).items()

@@ -13,16 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cli import InputError
-from machine import (
-    OTHERS,
-    checkpoint_names,
-    checkpoint_tensors,
-    compiles,
-    first_line,
-    from_rank_0,
-    load,
-    skeleton,
-)
+from machine import OTHERS, checkpoint_tensors, compiles, first_line, from_rank_0, load, skeleton
 from sharded import ShardedModel, pad, unflatten
 
 # What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
@@ -189,28 +180,25 @@ class Policy(ShardedModel):
                 "--engine transformers or --dtype float32, or choose another model")
 
     def weights(self, dtype=None):
-        """Yields (name in a checkpoint, full tensor) of all that a checkpoint holds, in turn: all at once
-        might not fit."""
-        self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        lm = self.module.lm
-        return checkpoint_names(lm, (
-            (name, self._gathered(tensor, dtype or self.dtype)) for name, tensor in checkpoint_tensors(lm)))
-
-    def _gathered(self, tensor, dtype):
+        """Yields (transformers' name, full tensor) of all that a checkpoint holds, in turn: all at once might
+        not fit."""
         from torch.distributed.tensor import DTensor
-        if not isinstance(tensor, DTensor):
-            return tensor  # a buffer: each rank has all of it, as float32
-        # The shard goes to the device first, where gathering is fast, and in `dtype`: fewer bytes travel.
-        local = tensor.detach().to_local().to(self.device, dtype)
-        return DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=tensor.shape,
-                                  stride=tensor.stride()).full_tensor()
+        self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
+        for name, p in checkpoint_tensors(self.module.lm):
+            if not isinstance(p, DTensor):  # a buffer: each rank has all of it, as float32
+                yield name, p
+                continue
+            # The shard goes to the device first, where gathering is fast, and in `dtype`: fewer bytes travel.
+            local = p.detach().to_local().to(self.device, dtype or self.dtype)
+            shard = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            yield name, shard.full_tensor()
 
     def save(self, folder):
         """Writes a Hugging Face folder that transformers and vLLM load. All ranks must call it."""
         state = {name: tensor.cpu() for name, tensor in self.weights(self.save_dtype) if dist.get_rank() == 0}
         if dist.get_rank() == 0:
             self.module.lm.config.dtype = self.save_dtype
-            self.module.lm.save_pretrained(folder, state_dict=state, save_original_format=False)
+            self.module.lm.save_pretrained(folder, state_dict=state)
 
     def check_saving(self, tokenizer):
         """Raises InputError if something other than the disk would keep the trained model from being

@@ -275,7 +275,7 @@ class ShardedModel:
         row = torch.tensor(ids[:32])  # hidden states of this one are compared
         forward = self.backbone.forward
 
-        def noted(*arguments, **options):  # no hook, since vLLM makes some of transformers' classes skip hooks
+        def noted(*arguments, **options):  # no hook: vLLM makes some of transformers' classes skip them
             out = forward(*arguments, **options)
             states.append(out.last_hidden_state[0, : len(row)].float())
             return out
@@ -285,7 +285,9 @@ class ShardedModel:
                 for beside in ([], [torch.tensor(ids)], []):
                     rows = pad_sequence([row, *beside], batch_first=True).to(self.device)
                     self.module(rows, torch.arange(len(row) - 1, device=self.device))
-        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each architecture has its own way to fail
             raise InputError(f"{model}: it cannot be run here ({type(error).__name__}: {first_line(error)}); "
                              f"{OTHERS}") from error
         finally:

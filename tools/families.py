@@ -2,10 +2,10 @@
 
     python -m tools.families [--engine vllm] [--ranks 2] [FAMILY ...]       writes results/families.md
 
-Every model is built from transformers' own config class (2 layers, hidden 64, random weights), with the tokenizer of the
-built-in model. "Trains" means that the run ended well. Its gap is the mean difference of trainer's and
-engine's log-probabilities, and its saved gap that of the model that was loaded and the one that was saved.
-Both should be rounding, in float32. "Refused" is the run's one sentence.
+Every model is built from transformers' own config class (2 layers, hidden 64, random weights), with the
+tokenizer of the built-in model. "Trains" means that the run ended well. Its gap is the mean difference of
+trainer's and engine's log-probabilities, and its saved gap that between the model that was loaded and the one
+that was saved; in float32, both should be rounding. What is refused has the run's one sentence.
 """
 import argparse
 import contextlib
@@ -40,8 +40,8 @@ FAMILIES = {  # name: config class, and what differs from SIZES
     "Gemma 4": ("Gemma4TextConfig", WINDOW | dict(vocab_size_per_layer_input=265,
                                                   hidden_size_per_layer_input=16)),
     "Phi-3": ("Phi3Config", NO_WINDOW),
-    "Phi-3, LongRoPE": ("Phi3Config", dict(sliding_window=None, max_position_embeddings=4096,
-                                           original_max_position_embeddings=64, rope_parameters=LONG)),
+    "Phi-3, LongRoPE": ("Phi3Config", NO_WINDOW | dict(
+        max_position_embeddings=4096, original_max_position_embeddings=64, rope_parameters=LONG)),
     "OLMo 2": ("Olmo2Config", {}), "SmolLM3": ("SmolLM3Config", {}),
     "Granite": ("GraniteConfig", dict(logits_scaling=8.0)), "GPT-2": ("GPT2Config", GPT),
     "OPT": ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64)), "Seed-OSS": ("SeedOssConfig", HEAD),
@@ -49,11 +49,14 @@ FAMILIES = {  # name: config class, and what differs from SIZES
     "Qwen3-MoE": ("Qwen3MoeConfig", EXPERTS), "Mixtral": ("MixtralConfig", EXPERTS),
     "GLM-4-MoE": ("Glm4MoeConfig", EXPERTS),
     "DeepSeek-V3": ("DeepseekV3Config", EXPERTS | dict(
-        num_key_value_heads=2, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
-        v_head_dim=32)),
+        num_key_value_heads=2, head_dim=16, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=32)),
     "GPT-OSS": ("GptOssConfig", EXPERTS | WINDOW), "Falcon": ("FalconConfig", {}),
     "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=2, n_layers=2)),
-    "Mamba-2": ("Mamba2Config", dict(num_heads=8, n_groups=1, state_size=16)), "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS | dict(layer_types=["conv", "full_attention"]))}
+    "Mamba-2": ("Mamba2Config", dict(num_heads=2, n_groups=1, state_size=16)),
+    "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS | dict(layer_types=["conv", "full_attention"]))}
+OPTIONS = ("--steps 2 --lr 0 --critic-lr 0 --dataset chain:64 --prompts-per-step 8 --minibatch 4 --eval-every 0"
+           " --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 --temperature 1 --dtype float32")
 
 
 def build(name, folder):
@@ -69,64 +72,50 @@ def build(name, folder):
     library.AutoTokenizer.from_pretrained(BUILTIN_MODEL).save_pretrained(folder)
 
 
-def run(folder, engine, options=()):
+def run(rank, place, printed, options):
+    """A rank of sppo.py, in a process that was forked: importing the libraries takes longer than the run."""
+    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+    for stream in (1, 2):
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_APPEND), stream)
     with clear_errors():
-        train(TrainConfig.parse(None, [
-            *f"--model {folder} --output {folder}/run --dataset chain:64 --engine {engine} --steps 2 --lr 0 "
-             "--prompts-per-step 8 --minibatch 4 --critic-lr 0 --eval-every 0 --max-prompt-tokens 64 --temperature 1 "
-             "--max-response-tokens 64 --dtype float32 --save-every 0".split(), *options]), SPPO)
+        train(TrainConfig.parse(None, options), SPPO)
 
 
 @torch.no_grad()
-def compare(folder):
-    """Writes the mean difference of the log-probabilities of the model in `folder` and of the one saved."""
-    ids, found = torch.arange(3, 103).view(2, 50), []
-    for path in (folder, f"{folder}/run/model"):
-        model = transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        found.append(model(input_ids=ids, use_cache=False).logits.log_softmax(-1))
-    Path(folder, "saved").write_text(str((found[0] - found[1]).abs().mean().item()))
+def difference(*folders):
+    """The mean difference between the log-probabilities of the models in two folders."""
+    ids = torch.arange(3, 103).view(2, 50)
+    models = [transformers().AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders]
+    one, other = [lm(input_ids=ids, use_cache=False).logits.log_softmax(-1) for lm in models]
+    return (one - other).abs().mean().item()
 
 
-def in_processes(ranks, function, *arguments):
-    """Calls it in `ranks` processes of their own, as torchrun would place them; (whether all ended well, what they
-    printed). Forked, because importing the libraries anew takes longer than all the rest."""
-    with socket.socket() as free, tempfile.NamedTemporaryFile("r") as printed:
+def attempt(name, engine, ranks=1):
+    """The family's row of the table."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        build(name, folder)
+        printed = Path(folder, "printed")
+        printed.touch()
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+                 "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         free.close()
-
-        for module in ("eval", "torch.distributed.fsdp", "torch.distributed.checkpoint", "vllm.v1.engine.core"):
-            with contextlib.suppress(ImportError):
-                importlib.import_module(module)
-
-        def child(rank):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            output = os.open(printed.name, os.O_WRONLY | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            function(*arguments)
-        children = [multiprocessing.get_context("fork").Process(target=child, args=(r,)) for r in range(ranks)]
-        for process in children:
+        options = f"--model {folder} --output {folder}/run --engine {engine} {OPTIONS}".split()
+        context = multiprocessing.get_context("fork")
+        started = [context.Process(target=run, args=(rank, place, printed, options)) for rank in range(ranks)]
+        for process in started:
             process.start()
-        for process in children:
+        for process in started:
             process.join()
-        return not any(process.exitcode for process in children), printed.read()
-
-
-def attempt(name, engine, ranks=1, options=()):
-    """(family, "trains" or "refused" or "fails", gap, saved gap or the sentence)"""
-    with tempfile.TemporaryDirectory() as folder:
-        well, text = in_processes(1, build, name, folder)
-        well, text = in_processes(ranks, run, folder, engine, options) if well else (well, text)
-        well, text = in_processes(1, compare, folder) if well else (well, text)
-        if well:
-            steps = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
-            gap, saved = max(step.get("policy/rollout_gap", 0) for step in steps), float(Path(folder, "saved").read_text())
-            return name, "trains", f"{gap:.0e}", f"{saved:.0e}"
-        last = text.strip().splitlines()[-1].replace(folder, "the model")
-        return (name, "refused", last.removeprefix("error: "), "") if "error: " in last and "Traceback" not in text else (
-            name, "**fails**", last, "")
+        text = printed.read_text().replace(folder, "the model")
+        if not any(process.exitcode for process in started):
+            lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+            gap = max(line.get("policy/rollout_gap", 0.0) for line in lines)
+            return name, "trains", f"{gap:.0e}", f"{difference(folder, f'{folder}/run/model'):.0e}"
+    sentence = next((line for line in text.splitlines() if line.startswith("error: ")), None)
+    if "Traceback" in text or not sentence:
+        return name, "**fails**", text.strip().splitlines()[-1], ""
+    return name, "refused", sentence.removeprefix("error: the model: ").partition("; ")[0], ""
 
 
 if __name__ == "__main__":
@@ -136,6 +125,9 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--output", default="results/families.md")
     c = parser.parse_args()
+    for module in ("eval", "torch.distributed.fsdp", "torch.distributed.checkpoint", "vllm.v1.engine.core"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     rows = [("family", "", "gap, or why", "saved gap"), ("---",) * 4]
     for name in c.families:
         rows.append(attempt(name, c.engine, c.ranks))
