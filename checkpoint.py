@@ -203,6 +203,15 @@ def _is_complete(path):
 
 # ---- one run per folder, and a run that is asked to stop ---------------------------------------------------
 
+def unwritable(output):
+    """Why nothing can be written into this output folder, or None; makes no folder."""
+    output = Path(output).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable"
+
+
 def lock(output):
     """Keeps other runs from writing into this output folder for as long as this process
     lives. Rank 0 calls it."""

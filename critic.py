@@ -50,7 +50,7 @@ class ValueModel(nn.Module):
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
         self.backbone = load("AutoModel", model, trust_remote_code)
-        self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=True)
+        self.head = nn.Linear(self.backbone.config.get_text_config().hidden_size, 1, bias=True)
         nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something is known
         nn.init.zeros_(self.head.bias)
 

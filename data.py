@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from cli import BUILTIN_MODEL, InputError, say
-from machine import from_rank_0
+from machine import first_line, from_rank_0
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
@@ -34,11 +36,6 @@ class Problem:
     id: int  # the row in its source, from 0: stable from run to run
     messages: tuple  # chat messages, {"role", "content"}; the last asks for a boxed answer
     answer: str  # gold answer, LaTeX or plain
-
-
-def first_line(error):
-    """What an exception of a library says, shortened: a message of ours is one line."""
-    return str(error).strip().partition("\n")[0]
 
 
 # ---- reading problems --------------------------------------------------------------------------------------
@@ -193,22 +190,37 @@ def load_tokenizer(model, trust_remote_code=False):
     """The tokenizer of a Hugging Face name or folder. Raises InputError if there is none that can be read."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    text = "The plan counts 3 pears\nand 14 figs"
+    read = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    if read.strip() != text:  # transformers 5 loads some tokenizers as another kind than they are
+        raise InputError(f"{model}: its tokenizer, as transformers loads it, reads {text!r} as {read!r}; "
+                         "correct the tokenizer_class in its tokenizer_config.json")
+    return tokenizer
 
 
 def render(messages, tokenizer):
     """Token ids of the prompt, up to where the response starts. Without a chat template (base
     models): plain text."""
     if tokenizer.chat_template is None:
-        return tokenizer.encode("\n\n".join(m["content"] for m in messages) + "\n\n")
-    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.encode("\n\n".join(m["content"] for m in messages) + "\n\n")
+        while ids[-1] in tokenizer.all_special_ids:  # some add an end token, after which nothing follows
+            ids.pop()
+        return ids
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise InputError(f"{tokenizer.name_or_path}: its chat template does not take messages by {roles} "
+                         f"({first_line(error)}); change the dataset's messages, or the template") from None
 
 
 # ---- can the model be used? --------------------------------------------------------------------------------
 
-def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens, --max-response-tokens"):
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens, --max-response-tokens",
+                tensor_parallel=1):
     """Checks a model (hub name or folder) without loading its weights. Raises
     InputError if it cannot be used.
 
@@ -220,13 +232,17 @@ def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-to
     except Exception as error:  # transformers and its validators raise many kinds; each is about this file
         raise InputError(f"{model}: is no folder with a usable config.json and no model on the hub within "
                          f"reach ({first_line(error)})") from None
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise InputError(f"{model}: has no .safetensors file, and other formats can run code when they are "
+    names = ("model.safetensors", "model.safetensors.index.json")  # not those of an adapter (LoRA)
+    if Path(model).is_dir() and not any(Path(model, name).is_file() for name in names):
+        raise InputError(f"{model}: has no model.safetensors, and other formats can run code when they are "
                          "read; convert it with transformers' save_pretrained")
     tokenizer = load_tokenizer(model, trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{model}: its tokenizer has {len(tokenizer)} tokens and its weights only "
                          f"{config.vocab_size}; give a folder in which the two belong together")
+    if (heads := getattr(config, "num_attention_heads", 0)) % tensor_parallel:
+        raise InputError(f"{model}: its {heads} attention heads cannot be shared among --tensor-parallel "
+                         f"{tensor_parallel}; give a divisor of {heads}")
     context = getattr(config, "max_position_embeddings", None)
     if context and tokens > context:
         raise InputError(f"{model}: reads at most {context} tokens, not {tokens}; lower {options}")

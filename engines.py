@@ -9,6 +9,7 @@ Both have the same four methods, and the training loop never asks which one it h
 
 Each rank has its own engine (or `tensor_parallel` neighbours share one) and samples its part of the prompts.
 """
+import copy
 import gc
 import importlib.util
 import logging
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from cli import InputError
 from log import progress
+from machine import checkpoint_names, checkpoint_tensors, first_line, skeleton
 
 
 @dataclass
@@ -31,27 +33,44 @@ class Response:
     paused: bool = False  # stopped before its end, to be continued later
 
 
-def make_engine(c, model, tokenizer, device, max_tokens):
-    """The engine that the options `c` of a script ask for. `--engine auto` is vLLM where it is installed.
-    max_tokens: of a prompt and its response together."""
+def engine_class(c):
+    """The engine that the options `c` of a script ask for; `--engine auto` is vLLM where it is installed.
+    Raises InputError for options that this engine does not have."""
     vllm = c.engine != "transformers" and importlib.util.find_spec("vllm")
     if c.engine == "vllm" and not vllm:
         raise InputError("--engine vllm needs `pip install vllm`")
-    return (VLLMEngine if vllm else TransformersEngine)(
-        model, device, stop=stop_tokens(model, tokenizer), max_tokens=max_tokens, dtype=c.dtype, seed=c.seed,
-        tensor_parallel=c.tensor_parallel, memory=c.vllm_memory, trust_remote_code=c.trust_remote_code)
+    for name in () if vllm else ("tensor_parallel", "oversample"):
+        if (value := getattr(c, name, 0)) > (name == "tensor_parallel"):
+            raise InputError(f"--{name.replace('_', '-')} {value} needs vLLM; leave it out, or install vLLM")
+    return VLLMEngine if vllm else TransformersEngine
 
 
-def stop_tokens(model, tokenizer):
+def make_engine(c, model, tokenizer, device, max_tokens):
+    """That engine for `model`. max_tokens: of a prompt and its response together."""
+    return engine_class(c)(
+        model, device, stop=stop_tokens(model, tokenizer, c.trust_remote_code), max_tokens=max_tokens,
+        dtype=c.dtype, seed=c.seed, tensor_parallel=c.tensor_parallel, memory=c.vllm_memory,
+        trust_remote_code=c.trust_remote_code)
+
+
+def stop_tokens(model, tokenizer, trust_remote_code=False):
     """Every token that ends a response: a chat model's generation config often has more
-    than its tokenizer."""
-    from transformers import GenerationConfig
+    than its tokenizer, and some models have their config.json alone."""
+    from transformers import AutoConfig, GenerationConfig
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    named = [tokenizer, config, config.get_text_config()]
     try:
-        named = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the model has no generation config
-        named = None
-    named = named if isinstance(named, list) else [named]
-    return sorted({*named, tokenizer.eos_token_id} - {None})
+        named.append(GenerationConfig.from_pretrained(model))
+    except OSError:  # the model has none
+        pass
+    except ValueError as error:
+        raise InputError(f"{model}: its generation_config.json is refused by transformers "
+                         f"({first_line(error)}); correct it") from None
+    tokens = set()
+    for part in named:
+        some = getattr(part, "eos_token_id", None)
+        tokens |= {*some} if isinstance(some, list) else {some}
+    return sorted(tokens - {None})
 
 
 # ---- vLLM --------------------------------------------------------------------------------------------------
@@ -62,6 +81,7 @@ class VLLMEngine:
         """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its
         response together. memory: the share of a GPU's memory that vLLM may use while it is awake."""
         self.device, self.stop = device, stop
+        self.skeleton = skeleton("AutoModelForCausalLM", model, trust_remote_code)  # vLLM wants other names
         on_gpu = device.type == "cuda"
         # In this process, so that it takes new weights as tensors, without copies between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -92,15 +112,31 @@ class VLLMEngine:
         self.name = f"vLLM {vllm.__version__}"
         self.SamplingParams = vllm.SamplingParams
         self.FINAL_ONLY = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
-        self.llm = vllm.LLM(
-            model, dtype=dtype, max_model_len=max_tokens, tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher",  # torchrun has started the processes already
-            trust_remote_code=trust_remote_code, load_format="safetensors",
-            seed=seed + dist.get_rank() // tensor_parallel,  # ranks that share an engine must sample the same
-            skip_tokenizer_init=True,  # token ids in, token ids out
-            logprobs_mode="processed_logprobs",  # after temperature: what the ratio needs
-            use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory,
-            enable_sleep_mode=on_gpu, enforce_eager=not on_gpu, **options)  # CUDA graphs exist on a GPU only
+        try:
+            self.llm = vllm.LLM(
+                model, dtype=dtype, max_model_len=max_tokens, tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="external_launcher",  # torchrun has started all processes
+                trust_remote_code=trust_remote_code, load_format="safetensors",
+                # Ranks that share an engine must sample the same.
+                seed=seed + dist.get_rank() // tensor_parallel,
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                logprobs_mode="processed_logprobs",  # after temperature: what the ratio needs
+                use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory,
+                enable_sleep_mode=on_gpu, enforce_eager=not on_gpu, **options)  # graphs are for GPUs only
+        except Exception as error:  # its checks and its models raise many kinds
+            raise InputError(f"{model}: {self.name} does not start with it ({type(error).__name__}: "
+                             f"{' '.join(str(error).split())[:300]}); try --engine transformers") from error
+        self._free_transformers_classes()
+
+    def _free_transformers_classes(self):
+        """Some models vLLM serves through transformers' classes, which it changes in this process: when the
+        trainer builds one, it asks for a vLLM config. This one says that it is not to be compiled."""
+        from vllm.config import CompilationMode, set_current_vllm_config
+        config = copy.copy(self.llm.llm_engine.vllm_config)
+        config.compilation_config = copy.copy(config.compilation_config)
+        config.compilation_config.mode = CompilationMode.NONE
+        self.config = set_current_vllm_config(config)
+        self.config.__enter__()  # for as long as the engine lives
 
     def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None,
                  pause_after=None, wait_for=()):
@@ -158,32 +194,37 @@ class VLLMEngine:
         self.llm.wake_up(tags=[what])
 
     def sync(self, weights):
-        """weights: an iterator of (Hugging Face name, full tensor); vLLM keeps about a
+        """weights: an iterator of (transformers' name, full tensor); vLLM keeps about a
         layer of them at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
             self._wake("weights")
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        named = checkpoint_names(self.skeleton, weights)
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
         if asleep:
             self._wake("kv_cache")
         if self.device.type == "cpu":
-            self.llm.apply_model(_repack_output_layer)
+            self.llm.apply_model(_repack)
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def close(self):
         """Must come before the process group ends, which vLLM uses to shut down."""
         self.llm.llm_engine.engine_core.shutdown()
+        self.config.__exit__(None, None, None)
         del self.llm
         gc.collect()
 
 
-def _repack_output_layer(model):
+def _repack(model):
     """Works around vLLM 0.32 on a CPU: an output layer that is tied to the embedding keeps reading its packed
-    weights from a buffer that `reload_weights` has freed. This makes it use the new weights."""
+    weights from a buffer that `reload_weights` has freed, and the experts of a mixture get theirs unpacked.
+    This makes both use the new weights."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():  # other layers keep no unpacked weights
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        if hasattr(module, "w13_weight"):
+            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 # ---- transformers ------------------------------------------------------------------------------------------
@@ -196,8 +237,6 @@ class TransformersEngine:
 
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
                  memory=None, trust_remote_code=False):
-        if tensor_parallel > 1:
-            raise InputError(f"--tensor-parallel {tensor_parallel} needs vLLM; leave it out, or install vLLM")
         import transformers
         self.name = f"transformers {transformers.__version__}"
         self.device, self.stop = device, stop
@@ -211,8 +250,6 @@ class TransformersEngine:
                  pause_after=None, wait_for=()):
         """As VLLMEngine's, in batches of prompts of about the same length. But no response can be paused or
         continued, and `max_tokens` is one number."""
-        if pause_after is not None:
-            raise InputError("--oversample needs vLLM: transformers cannot pause a response; leave it out")
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -257,9 +294,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self, weights):
-        parameters = dict(self.lm.named_parameters())
+        ours = dict(checkpoint_tensors(self.lm))
         for name, tensor in weights:
-            parameters[name].copy_(tensor)
+            ours[name].copy_(tensor)
 
     def close(self):
         pass

@@ -5,6 +5,7 @@
 The script trains as always, for one step. Only its log is another: `Watch` notes what the policy and the
 baseline return, and prints it in the end. Nothing is written to a file.
 """
+import math
 import textwrap
 
 import torch
@@ -105,7 +106,7 @@ class Watch(Ratios):
 
     def finish(self, tokenizer, seconds):
         """Prints everything. sppo.py calls it at the end of a run."""
-        batch, last, bound = self.batch, self.updates[-1], self.run.config.max_grad_norm
+        batch, last, bound = self.batch, self.updates[-1], self.run.config.max_grad_norm or math.inf
         say(f"\nOne step of {type(self.baseline).__name__}: {len(batch.responses)} responses, "
             f"{len({p.id for p in batch.problems})} prompts. What happened to two of them, in order:")
         for row in self.chosen():

@@ -105,6 +105,7 @@ class Log:
         earlier = [json.loads(line) for line in kept]
         self.first = next((line for line in earlier if "eval_accuracy" in line), None)
         self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
+        self.gaps = [gap for line in earlier if (gap := line.get("policy/rollout_gap")) is not None][:1]
         self.bar = tqdm(total=config.steps, disable=None, unit="step", leave=False, dynamic_ncols=True)
 
     def add(self, *metrics):
@@ -182,9 +183,15 @@ class Log:
         cut_off, limit = line.get("truncated", 0), self.config.max_response_tokens
         skipped = line.get("policy/skipped") or line.get("critic/skipped")
         empty = line.get("response_tokens", 2) < 1.5
+        gap = line.get("policy/rollout_gap") or 0.0
+        self.gaps = self.gaps or [gap] if gap else []  # the first, against which later ones are held
+        # Below 0.02, a gap of one part in fifty of a probability, it is rounding, whatever the first was.
+        grown = gap > max(0.02, 5 * self.gaps[0]) if self.gaps else False
         warnings = {f"nearly all responses were cut off by --max-response-tokens {limit} and earn nothing: "
                     "it is too low, or the policy never stops": cut_off > 0.9,
                     "nearly all responses are empty: the policy has collapsed": empty,
+                    "trainer and engine differ five times as much as in the first step (policy/rollout_gap): "
+                    "the engine may sample from other weights than are trained": grown,
                     "an update was not finite and was skipped": skipped}
         for text, holds in warnings.items():
             if holds and text not in self.warned:

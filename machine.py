@@ -4,7 +4,9 @@ Nothing here knows about training: sharded.py shards what `load` returns, and tr
 """
 import functools
 import importlib.util
+import itertools
 import os
+import re
 import shutil
 import sysconfig
 from datetime import timedelta
@@ -94,6 +96,14 @@ def compiles():
             and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 
 
+OTHERS = "choose another model (docs/running.md has a table of families that were tried)"
+
+
+def first_line(error):
+    """What an exception of a library says, shortened: a message of ours is one line."""
+    return str(error).strip().partition("\n")[0]
+
+
 # ---- loading -----------------------------------------------------------------------------------------------
 
 def causal_attention(module, query, key, value, attention_mask, scaling, **_):
@@ -130,20 +140,77 @@ def attention_of(config):
     return "sdpa" if windowed or other_layers else "causal"
 
 
-def load(auto, model, trust_remote_code):
-    """The model as transformers' class `auto` ("AutoModel", ...), with the checkpoint's weights and dtype on
-    rank 0. On other ranks it has no memory (device `meta`) until `ShardedModel` distributes the weights."""
+def skeleton(auto, model, trust_remote_code, tied=True):
+    """The model as transformers' class `auto` ("AutoModel", ...), without memory (device `meta`). Raises
+    InputError if transformers has no such model, or not with an attention of ours. tied: False where the
+    checkpoint has an output layer of its own, whatever config.json says."""
     config = transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    auto = getattr(transformers(), auto)
-    options = dict(attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
-    if dist.get_rank() == 0:
-        module = auto.from_pretrained(model, dtype="auto", use_safetensors=True, **options)
-    else:
+    for part in () if tied else (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    try:
         with torch.device("meta"):
-            module = auto.from_config(config, **options)
+            return getattr(transformers(), auto).from_config(
+                config, attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
+    except Exception as error:  # each architecture has its own way to say that it cannot
+        raise InputError(f"{model}: a model of type {config.model_type} cannot be trained here "
+                         f"({type(error).__name__}: {first_line(error)[:200]}); {OTHERS}") from None
+
+
+def load(auto, model, trust_remote_code):
+    """The same with the checkpoint's weights and dtype on rank 0. On other ranks it has no memory until
+    `ShardedModel` distributes the weights. Raises InputError if weights and model do not belong together."""
+    module, problem, tied = None, None, True
+    if dist.get_rank() == 0:
+        module, found = getattr(transformers(), auto).from_pretrained(
+            model, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, attn_implementation=attention_of(
+                transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)))
+        if found["missing_keys"]:  # transformers has made random ones
+            problem = f"lacks {min(found['missing_keys'])}"
+        elif found["unexpected_keys"] and auto == "AutoModelForCausalLM":  # a critic needs no output layer
+            problem = f"has {min(found['unexpected_keys'])}, which {type(module).__name__} does not"
+        head = module.get_output_embeddings()
+        if head is not None and head.weight is not module.get_input_embeddings().weight:
+            tied = False
+            module.config.tie_word_embeddings = module.config.get_text_config().tie_word_embeddings = False
+    problem, tied = from_rank_0(lambda: (problem, tied))
+    if problem:
+        raise InputError(f"{model}: its checkpoint {problem}; give one that belongs to its config.json")
+    if module is None:
+        module = skeleton(auto, model, trust_remote_code, tied)
+    names = [None] * dist.get_world_size()
+    dist.all_gather_object(names, [(name, *tensor.shape) for name, tensor in checkpoint_tensors(module)])
+    if names.count(names[0]) < len(names):  # or ranks would wait for each other's broadcasts for ever
+        raise InputError(f"{model}: ranks see different weights under this name; give one that all nodes see")
     if compiles() and importlib.util.find_spec("liger_kernel"):
         # Norms, rotary embedding and SwiGLU become one kernel each, if this library knows the model: updates
         # take a sixth less time. (policy.py has its own loss.) transformers' Trainer calls this name too.
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
         _apply_liger_kernel_to_instance(model=module, fused_linear_cross_entropy=False)
     return module
+
+
+# ---- what a checkpoint holds -------------------------------------------------------------------------------
+
+def checkpoint_tensors(module):
+    """Yields (name in memory, tensor): the parameters, tied ones once, and the buffers that checkpoints hold,
+    such as the correction bias of a mixture's router."""
+    yield from module.named_parameters()
+    kept = module.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+
+
+def checkpoint_names(module, tensors):
+    """Yields (name in a checkpoint, tensor) for an iterator of (name in memory, tensor). module: the model,
+    or its skeleton.
+
+    transformers loads the experts of a mixture as one tensor, for example, where the checkpoint, and so vLLM,
+    has one for each. Such tensors are converted a layer at a time. All others are passed on one by one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+    if all(isinstance(c, PrefixChange) for c in get_model_conversion_mapping(module, add_legacy=False)):
+        yield from tensors  # (of prefixes, vLLM knows both forms)
+        return
+    for _, part in itertools.groupby(tensors, lambda pair: re.match(r"\D*\d+\.|", pair[0])[0]):
+        yield from revert_weight_conversion(module, dict(part)).items()

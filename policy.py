@@ -6,17 +6,19 @@ times that in the backward. So `ChunkedLogProbs` computes the logits in chunks, 
 of the token that was sampled, and computes the chunks again in the backward.
 """
 import functools
+import tempfile
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from cli import InputError
-from machine import compiles, from_rank_0, load
+from machine import OTHERS, checkpoint_tensors, compiles, first_line, from_rank_0, load, skeleton
 from sharded import ShardedModel, pad, unflatten
 
 # What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
-OUTPUT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+OUTPUT_SCALES = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling",
+                 "lm_head_multiplier")
 CHUNK_ELEMENTS = 1 << 26  # logits in flight: 256 MiB in float32, 440 tokens of a 152k vocabulary
 
 
@@ -107,7 +109,7 @@ class LogProbModel(nn.Module):
         super().__init__()
         self.lm, self.compile = lm, compile
 
-    def forward(self, ids, scored, temperature):
+    def forward(self, ids, scored, temperature=1.0):
         """ids [b, L] right-padded; scored [n]: positions in ids.flatten() whose next token is scored
         -> logprobs [n], entropy [n], which is 0 without gradient: then nobody reads it. No attention mask: a
         response's tokens see no padding on their right."""
@@ -120,6 +122,17 @@ class LogProbModel(nn.Module):
 
 # ---- the policy --------------------------------------------------------------------------------------------
 
+def check_output_layer(model, trust_remote_code=False):
+    """Raises InputError unless a model's log-probabilities are those that are computed here. Loads no
+    weights."""
+    lm = skeleton("AutoModelForCausalLM", model, trust_remote_code)
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    scales = [key for key in OUTPUT_SCALES if getattr(config, key, None) not in (None, 0, 1)]
+    if head is None or head.bias is not None or scales:
+        raise InputError(f"{model}: its output layer has {scales[0] if scales else 'a bias'}, which is not "
+                         f"computed here; {OTHERS}")
+
+
 class Policy(ShardedModel):
     """The causal LM `model` (hub name or folder), sampled at `temperature`.
 
@@ -128,14 +141,11 @@ class Policy(ShardedModel):
     """
 
     def __init__(self, model, device, *, temperature, trust_remote_code=False, **options):
+        check_output_layer(model, trust_remote_code)
         lm = load("AutoModelForCausalLM", model, trust_remote_code)
-        head = lm.get_output_embeddings()
-        if head.bias is not None or any(getattr(lm.config, key, None) for key in OUTPUT_SCALES):
-            raise InputError(f"{model}: its output layer has a bias, a scale or soft-capping, which are not "
-                             "computed here; choose a model without (Qwen, Llama, Mistral)")
         if lm.generation_config is not None:
-            lm.generation_config.do_sample = True  # or transformers refuses to save one with a temperature
-        self.temperature = temperature
+            lm.generation_config = savable(lm.generation_config)
+        self.model, self.temperature = model, temperature
         self.save_dtype = from_rank_0(lambda: lm.dtype)  # the checkpoint's: other ranks have not read it
         super().__init__(LogProbModel(lm, compiles()), device, **options)
 
@@ -154,11 +164,30 @@ class Policy(ShardedModel):
         return self.infer(lambda rows: self.forward(rows)[0], sequences,
                           [len(p) + len(r) for p, r in sequences], (len(sequences), width))
 
+    def check_engine(self, batch, engine):
+        """Reads again some of what `engine` has sampled with the present weights. Both should compute the
+        same log-probabilities. Raises InputError if they differ by more than rounding: then the run would
+        train on something else than it samples, and nothing else would show it."""
+        first = [i for i, p in enumerate(batch.problems) if i == 0 or p is not batch.problems[i - 1]]
+        rows = first[: max(16, dist.get_world_size())]  # of as many engines as there are
+        ours = self.logprobs([batch.sequences[i] for i in rows])
+        gaps = (ours - batch.rollout_logprobs[rows, : ours.shape[1]]).abs()[batch.mask[rows, : ours.shape[1]]]
+        bound = 0.02 if self.dtype == torch.float32 else 0.2  # measured: 0.02 to 0.06 in bfloat16
+        if not gaps.mean() <= bound:
+            raise InputError(
+                f"{self.model}: the trainer's log-probabilities differ from those of {engine.name}, which "
+                f"sampled, by {gaps.mean():.2g} per token, where rounding explains {bound} at most; try "
+                "--engine transformers or --dtype float32, or choose another model")
+
     def weights(self, dtype=None):
-        """Yields (Hugging Face name, full tensor) of each parameter in turn: all at once might not fit."""
+        """Yields (transformers' name, full tensor) of all that a checkpoint holds, in turn: all at once might
+        not fit."""
         from torch.distributed.tensor import DTensor
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        for name, p in self.module.lm.named_parameters():
+        for name, p in checkpoint_tensors(self.module.lm):
+            if not isinstance(p, DTensor):  # a buffer: each rank has all of it, as float32
+                yield name, p
+                continue
             # The shard goes to the device first, where gathering is fast, and in `dtype`: fewer bytes travel.
             local = p.detach().to_local().to(self.device, dtype or self.dtype)
             shard = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
@@ -170,3 +199,34 @@ class Policy(ShardedModel):
         if dist.get_rank() == 0:
             self.module.lm.config.dtype = self.save_dtype
             self.module.lm.save_pretrained(folder, state_dict=state)
+
+    def check_saving(self, tokenizer):
+        """Raises InputError if something other than the disk would keep the trained model from being
+        saved."""
+        def problem():
+            try:
+                with tempfile.TemporaryDirectory() as folder:  # all but the weights
+                    self.module.lm.save_pretrained(folder, state_dict={})
+                    tokenizer.save_pretrained(folder)
+            except Exception as error:  # each part has its own validator
+                return f"{type(error).__name__}: {first_line(error)}"
+        if found := from_rank_0(problem):
+            raise InputError(f"{self.model}: could not be saved after training ({found}); correct its files")
+
+
+def savable(generation):
+    """A generation config without what keeps it from being saved: transformers reads settings that contradict
+    each other, and then refuses to write them. It samples by default if a setting, such as a temperature,
+    needs that."""
+    kept = {}
+    # Twice, since a setting may need one that comes later.
+    for name, value in 2 * [*generation.to_diff_dict().items()]:
+        for needed in ({}, {"do_sample": True}):
+            try:
+                trial = {**kept, name: value, **needed}
+                type(generation)(**trial).validate(strict=True)
+            except ValueError:
+                continue
+            kept = trial
+            break
+    return type(generation)(**kept)

@@ -51,7 +51,8 @@ def whiten(x, mask):
     or equal numbers would become rounding divided by rounding."""
     x = x.double()
     inside = x[mask.bool()]
-    return (x - inside.mean()) / (inside.std() + 1e-8) * mask
+    spread = inside.std(correction=min(1, len(inside) - 1))  # of a single token: 0, and so its advantage
+    return (x - inside.mean()) / (spread + 1e-8) * mask
 
 
 def value_loss(outputs, old_values, returns, mask, num_tokens, kind, clip):
@@ -110,8 +111,10 @@ class PPO(Baseline):
     def __init__(self, run):
         super().__init__(run)
         c = run.config
-        self.critic = TokenCritic(c.critic_model or c.model, run.device, kind=c.value_loss, clip=c.value_clip,
+        model = c.critic_model or c.model
+        self.critic = TokenCritic(model, run.device, kind=c.value_loss, clip=c.value_clip,
                                   **c.critic_options())
+        self.critic.check_rows(model, c.max_prompt_tokens + c.max_response_tokens)
 
     def advantages(self, batch):
         c = self.run.config

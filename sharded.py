@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from cli import InputError
 from log import progress
-from machine import use_all_cores
+from machine import OTHERS, first_line, use_all_cores
 
 # ---- from rank 0 to all ------------------------------------------------------------------------------------
 
@@ -156,8 +157,6 @@ class ShardedModel:
         self.dtype, self.offload = getattr(torch, dtype), offload
         self.is_on_device = True  # with offload="between", the weights move
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
-        if checkpoint_activations:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
         if offload == "all" and device.type == "cuda":
             use_all_cores()
         mesh = mesh_of_ranks(device.type, replicas)
@@ -165,17 +164,16 @@ class ShardedModel:
         where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload == "all" else OffloadPolicy()
         # One transformer block at a time, and then the rest: a whole model in float32 might not fit on a GPU.
         # `_no_split_modules` is transformers' list of layer classes that must not be cut: its blocks.
-        blocks = set(backbone._no_split_modules or ())
-        for part in [*(m for m in module.modules() if type(m).__name__ in blocks), module]:
+        names = set(backbone._no_split_modules or ())
+        blocks = [part for part in module.modules() if type(part).__name__ in names]
+        # Evaluation mode, without dropout and whatever else is random: pi_old and pi must agree.
+        self.module = module.eval()
+        for part in blocks if checkpoint_activations else ():  # transformers would only in training mode
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+        for part in [*blocks, module]:
             broadcast_from_rank_0(part, device)
             fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=where)
-        # Training mode, or transformers checkpoints no activations. No dropout: pi_old and pi must agree.
-        self.module = module.train()
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
-            if hasattr(part, "attention_dropout"):
-                part.attention_dropout = 0.0
+        self.backbone = backbone.base_model
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         # Adam's moments are made here. The first step would put them between activations, and memory around
         # them could not be given to vLLM.
@@ -238,7 +236,8 @@ class ShardedModel:
         dist.all_reduce(values)
         metrics = dict(zip(self.totals, values.tolist(), strict=True))
         self.totals = {}
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).full_tensor().item()
+        bound = self.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), bound).full_tensor().item()
         skip = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))  # the same on every rank
         if not skip:
             self.updates += 1
@@ -269,6 +268,40 @@ class ShardedModel:
                     result[rows, : part.shape[1]] = part  # 0 beyond the longest of these
         dist.all_reduce(result)  # each row was written by one rank and is 0 on the others
         return result
+
+    def check_rows(self, model, longest):
+        """Raises InputError unless what the model computes of a row is the same each time, and does not
+        depend on the rows beside it. Dropout breaks the first. LongRoPE breaks the second: its frequencies
+        depend on the longest row. model: its name. longest: tokens of the longest row that it will read."""
+        ids, states = [3 + i % 50 for i in range(longest)], []
+        row = torch.tensor(ids[:32])  # hidden states of this one are compared
+        forward = self.backbone.forward
+
+        def noted(*arguments, **options):  # no hook: vLLM makes some of transformers' classes skip them
+            out = forward(*arguments, **options)
+            states.append(out.last_hidden_state[0, : len(row)].float())
+            return out
+        self.backbone.forward = noted
+        try:
+            with torch.no_grad(), self.on_device(optimizer=False):
+                for beside in ([], [torch.tensor(ids)], []):
+                    rows = pad_sequence([row, *beside], batch_first=True).to(self.device)
+                    self.module(rows, torch.arange(len(row) - 1, device=self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each architecture has its own way to fail
+            raise InputError(f"{model}: it cannot be run here ({type(error).__name__}: {first_line(error)}); "
+                             f"{OTHERS}") from error
+        finally:
+            self.backbone.forward = forward
+        alone, beside, again = states
+        exact = self.dtype == torch.float32  # in bfloat16, other shapes are rounded otherwise
+        for other, bound, what in ((again, 1e-3, "read twice, is not the same"),
+                                   (beside, 1e-3 if exact else 0.1, "depends on the rows beside it")):
+            change = ((other - alone).norm(dim=-1) / alone.norm(dim=-1)).mean().item()
+            if not change <= bound:
+                raise InputError(f"{model}: a row, {what} (its hidden states change by {change:.1%}), and so "
+                                 f"could not be trained on; {OTHERS}")
 
     # ---- checkpoints and the engine ----
 

@@ -75,7 +75,8 @@ def normalize(advantages):
     """[B] minus its mean, divided by its standard deviation. In float64, or equal advantages would become
     rounding divided by rounding."""
     advantages = advantages.double()
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    spread = advantages.std(correction=min(1, len(advantages) - 1))  # of one: 0
+    return (advantages - advantages.mean()) / (spread + 1e-8)
 
 
 # ---- the baseline ------------------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ import checkpoint
 import data
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
 from critic import PromptCritic, calibration
-from engines import make_engine
+from engines import engine_class, make_engine
 from eval import evaluate_policy, load_eval_benchmarks
 from inflight import InFlight
 from log import Clock, Log
-from machine import check_ranks, compute_dtype, init_distributed, seed_torch
-from policy import Policy
+from machine import check_ranks, compute_dtype, init_distributed, seed_torch, skeleton
+from policy import Policy, check_output_layer
 from reward import Verifier
 from rollout import Sampler
 from sharded import mean_of, rows_like
@@ -156,7 +156,9 @@ class SPPO(Baseline):
     def __init__(self, run):
         super().__init__(run)
         c = run.config
-        self.critic = PromptCritic(c.critic_model or c.model, run.device, **c.critic_options())
+        model = c.critic_model or c.model
+        self.critic = PromptCritic(model, run.device, **c.critic_options())
+        self.critic.check_rows(model, c.max_prompt_tokens)
 
     def advantages(self, batch):
         if not self.critic.updates:
@@ -194,6 +196,8 @@ def training_loop(run, baseline, log, last_step):
             problems = baseline.next_problems((step - 1) * c.prompts_per_step, c.prompts_per_step)
             batch = run.sampler.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy)
         engine.sleep()
+        if step == last_step + 1:
+            policy.check_engine(batch, engine)
 
         # 2. pi_old, for the ratio. With a single mini-batch it is the policy itself: nothing to compute.
         minibatch_size = c.minibatch * baseline.samples_per_prompt  # responses in a mini-batch
@@ -295,6 +299,8 @@ def train(config, make_baseline):
     engine.sleep()
     sampler = Sampler(c, tokenizer, engine, verifier, clock)
     policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
+    policy.check_rows(c.model, c.max_prompt_tokens + c.max_response_tokens)
+    policy.check_saving(tokenizer)
     run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, engine, sampler,
               InFlight(c, sampler, problems), policy, clock)
     baseline = make_baseline(run)
@@ -361,7 +367,7 @@ class TrainConfig(CommandLine):
     critic_lr: float = option(5e-6, "learning rate of the critic")
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm (0: not at all)")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
     dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
@@ -410,9 +416,15 @@ class TrainConfig(CommandLine):
         if not (self.resume or self.explain) and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of a run; give --resume or another --output")
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code
-        data.check_model(self.model, prompt + self.max_response_tokens, trust)
+        engine_class(self)  # is there one, with these options?
+        if not self.explain and (problem := checkpoint.unwritable(self.output)):
+            raise InputError(f"{self.output}: cannot be written ({problem}); give another --output")
+        data.check_model(self.model, prompt + self.max_response_tokens, trust,
+                         tensor_parallel=self.tensor_parallel)
+        check_output_layer(self.model, trust)
         if self.critic_model:
             data.check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
+            skeleton("AutoModel", self.critic_model, trust)
 
     def training_options(self):
         """The keyword arguments of `ShardedModel` for the policy."""

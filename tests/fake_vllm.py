@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -90,6 +91,8 @@ vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_O
 vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)  # it is installed, then
 torch.cuda.empty_cache = lambda: seen["events"].append("empty cache")
 on_gpu = engines.VLLMEngine
+on_gpu._free_transformers_classes = lambda engine: setattr(engine, "config", nullcontext())
+sppo.Policy.check_engine = lambda *_: None  # its log-probabilities are made up
 engines.VLLMEngine = lambda model, device, **options: on_gpu(model, torch.device("cuda"), **options)
 output, *arguments = sys.argv[1:]
 end = dist.destroy_process_group

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, environment, metrics, run, started, torchrun, wait_for
+from safetensors.torch import load_file, save_file
 
 from cli import BUILTIN_MODEL, InputError
 from critic import PromptCritic
@@ -130,6 +131,9 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
     config = json.loads((foreign / "config.json").read_text())
     layers = config["num_hidden_layers"] - 1
     (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "layer_types": None}))
+    weights = load_file(foreign / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if f"layers.{layers}." not in name}, foreign / "model.safetensors",
+              {"format": "pt"})
     for command, sentence in (
             (["ppo.py", *resume[1:]], "is of a run of SPPO, and this is PPO"),
             ([*resume, "--model", foreign, *SETTINGS], "belongs to another model (baseline/backbone.layers"),
