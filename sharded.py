@@ -156,8 +156,6 @@ class ShardedModel:
         backbone = next(m for m in module.modules() if hasattr(m, "_no_split_modules"))
         if checkpoint_activations:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if offload == "all" and device.type == "cuda":
-            use_all_cores()
         mesh = mesh_of_ranks(device.type, replicas)
         precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload == "all" else OffloadPolicy()
@@ -240,6 +238,8 @@ class ShardedModel:
         skip = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))  # the same on every rank
         if not skip:
             self.updates += 1
+            if self.offload == "all" and self.device.type == "cuda":
+                use_all_cores()
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0

@@ -105,11 +105,12 @@ class Run:
     held_out: list[data.Problem]  # only evaluated on
     benchmarks: dict[str, list[data.Problem]]  # of --eval-benchmarks
     verifier: Verifier  # response, gold answer -> reward
-    engine: object  # samples: vLLM, or transformers
-    sampler: Sampler  # problems -> verified Batch
-    in_flight: InFlight  # the same for --oversample
     policy: Policy  # the model that is trained
     clock: Clock  # seconds of training, by phase
+    # Made after the baseline:
+    engine: object = None  # samples: vLLM, or transformers
+    sampler: Sampler | None = None  # problems -> verified Batch
+    in_flight: InFlight | None = None  # the same for --oversample
     lock: object = None  # keeps other runs out of the output folder
 
 
@@ -288,15 +289,14 @@ def train(config, make_baseline):
     c.dtype = compute_dtype(c.dtype, device)
     data.drop_unverifiable(problems, held_out, verifier, c.dataset)
     seed_torch(c.seed, c.deterministic)
-    clock = Clock(device)
-    # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
-    engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
-    engine.sleep()
-    sampler = Sampler(c, tokenizer, engine, verifier, clock)
     policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
-    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, engine, sampler,
-              InFlight(c, sampler, problems), policy, clock)
+    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device))
     baseline = make_baseline(run)
+    # The engine comes last: on a GPU it takes what the models leave free, as it will when they have trained.
+    run.engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
+    run.engine.sleep()
+    run.sampler = Sampler(c, tokenizer, run.engine, verifier, run.clock)
+    run.in_flight = InFlight(c, run.sampler, problems)
     last_step, log = begin(run, baseline)  # with --resume, from the newest checkpoint
     training_loop(run, baseline, log, last_step)
     finish(run, log)
@@ -370,7 +370,8 @@ class TrainConfig(CommandLine):
     temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
-    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples", most=1)
+    vllm_memory: float | None = option(
+        None, "vLLM's share of a GPU's memory [auto: what the models leave free]", positive=True, most=1)
     oversample: float = option(0.0, "extra prompts in flight, as a share: train on the first to finish")
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
 

@@ -114,11 +114,11 @@ class MeasuredSPPO(sppo.SPPO):
         self.dtype, start_step = getattr(torch, run.config.dtype), run.clock.start_step
 
         def measured_start():
+            if run.config.response_lengths and not self.rates:  # before the first step
+                set_lengths(run.engine, run.config.response_lengths, run.config.seed)
             self.measure_rate()
             start_step()
         run.clock.start_step = measured_start
-        if run.config.response_lengths:
-            set_lengths(run.engine, run.config.response_lengths, run.config.seed)
 
     def measure_rate(self):
         self.rates.append(matmul_rate(self.run.device, self.dtype))

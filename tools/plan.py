@@ -54,7 +54,7 @@ class PlanConfig(CommandLine):
     micro_batch_tokens: int = option(TrainConfig.micro_batch_tokens, "as in training", positive=True)
     max_prompt_tokens: int = option(TrainConfig.max_prompt_tokens, "as in training", positive=True)
     max_response_tokens: int = option(TrainConfig.max_response_tokens, "as in training", positive=True)
-    vllm_memory: float = option(TrainConfig.vllm_memory, "as in training", positive=True)
+    vllm_memory: float = option(0.5, "as in training", positive=True)
     tensor_parallel: int = option(TrainConfig.tensor_parallel, "as in training", positive=True)
     replicas: int = option(TrainConfig.replicas, "as in training", positive=True)
     checkpoint_activations: bool = option(TrainConfig.checkpoint_activations, "as in training")
