@@ -209,6 +209,8 @@ def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied)
     for rank in range(ranks):
         got = torch.load(tmp_path / f"{rank}.pt")
         assert got["save_dtype"] == torch.bfloat16 and got["tied"] == tied
+        assert {*got["waits"]} == {7200}  # seconds; torch's own groups would wait for 30 minutes, on GPUs for 10
+        assert got["ranks"] == ([[rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]] if replicas == 2 else [[0, 1, 2]])
         base = model.base_model
         for ours, theirs in ((got["weights"], model.named_parameters()), (got["critic"], base.named_parameters()),
                              (got["buffers"], model.named_buffers()),  # rotary frequencies: in no file
