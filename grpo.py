@@ -104,8 +104,8 @@ class GRPOConfig(TrainConfig):
         if self.oversample:
             raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a "
                              "prompt, so it must wait for all of them; leave it out")
-        if self.critic_model:
-            raise InputError(f"--critic-model: {self.baseline} has no critic; leave it out")
+        if self.critic_model or self.critic_warmup:
+            raise InputError(f"--critic-model, --critic-warmup: {self.baseline} has none; leave them out")
 
 
 if __name__ == "__main__":

@@ -118,8 +118,10 @@ def rows_like(part, rows, whole):
 
 
 def mean_of(dicts, prefix=""):
-    """The mean of each metric over dictionaries with the same keys; `prefix` goes before each name."""
-    return {f"{prefix}{key}": sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
+    """The mean of each metric over dictionaries with the same keys; `prefix` goes before each name. No
+    dictionaries give no metrics."""
+    keys = dicts[0] if dicts else ()
+    return {f"{prefix}{key}": sum(d[key] for d in dicts) / len(dicts) for key in keys}
 
 
 # ---- training ----------------------------------------------------------------------------------------------

@@ -178,8 +178,8 @@ class SPOConfig(TrainConfig):
 
     def check(self):
         super().check()
-        if self.critic_model:
-            raise InputError("--critic-model: spo has no critic; leave it out")
+        if self.critic_model or self.critic_warmup:
+            raise InputError("--critic-model, --critic-warmup: spo has no critic; leave them out")
 
 
 if __name__ == "__main__":

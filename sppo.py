@@ -223,12 +223,13 @@ def training_loop(run, baseline, log, last_step):
         with clock("critic"):
             advantages = baseline.advantages(batch)
 
-        # 4. One epoch of clipped policy steps.
+        # 4. One epoch of clipped policy steps. In the first --critic-warmup steps, only the critic learns.
+        rows, updates = range(len(batch.responses)), []
         with clock("update"), policy.on_device():
-            rows, updates = range(len(batch.responses)), []
             for start in rows[::minibatch_size]:
                 minibatch = rows[start : start + minibatch_size]
-                updates.append(policy_step(policy, batch, minibatch, advantages, c))
+                if step > c.critic_warmup:
+                    updates.append(policy_step(policy, batch, minibatch, advantages, c))
 
         # 5. The baseline learns from what happened.
         with clock("critic"):
@@ -374,12 +375,13 @@ class TrainConfig(CommandLine):
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
 
-    steps: int = option(500, "training steps: one rollout and its updates", group="algorithm", positive=True)
+    steps: int = option(1000, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
     critic_lr: float = option(5e-6, "learning rate of the critic")
+    critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")

@@ -46,6 +46,14 @@ def test_their_variants_run(tmp_path, command, reports):
     assert len(metrics(tmp_path)) == 3 and metrics(tmp_path)[-1][reports] is not None
 
 
+def test_in_the_critics_warm_up_the_policy_stays(tmp_path):
+    done = run("ppo.py", *QUICK, "--critic-warmup", "1", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, first, second = metrics(tmp_path)
+    assert "policy/loss" not in first and first["critic/loss"] > 0
+    assert second["policy/loss"] != 0 and second["critic/loss"] > 0
+
+
 @pytest.mark.parametrize("script", ["grpo", "ppo", "spo"])
 def test_help_explains_every_option(script):
     printed = run(f"{script}.py", "--help").stdout
@@ -57,7 +65,7 @@ def test_help_explains_every_option(script):
 @pytest.mark.parametrize("command, message", [
     (["grpo.py", "--group-size", "1"], "--group-size 1: the samples are compared; give 2 or more"),
     (["grpo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: grpo compares the responses"),
-    (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has no critic"),
+    (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has none"),
     (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
     (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: PPO needs finished responses"),

@@ -111,7 +111,7 @@ def test_spos_defaults_are_its_recipes_and_nothing_is_forgotten_at_a_first_visit
 PAPERS = dict(temperature=0.6, clip_low=0.2, clip_high=0.2, dual_clip=3.0, lr=1e-6,
               max_response_tokens=8192)
 TABLE = {  # the papers' settings, by the dataset of the README's command
-    "DeepScaleR": dict(prompts_per_step=256, minibatch=128, critic_lr=5e-6, weight_decay=0.01, max_prompt_tokens=1024),
+    "DeepScaleR": dict(steps=1000, prompts_per_step=256, minibatch=128, critic_lr=5e-6, weight_decay=0.01, max_prompt_tokens=1024),
     "DAPO": dict(prompts_per_step=512, minibatch=32, critic_lr=1e-5, weight_decay=0.1, max_prompt_tokens=2048, steps=200,
                  loss_mean="sequence")}
 

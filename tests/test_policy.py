@@ -124,7 +124,7 @@ def test_fused_kernels_are_used_on_a_gpu_where_they_are_installed(device, monkey
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", library)
     find = importlib.util.find_spec
     for gpu, installed in ((False, True), (True, False), (True, True)):
-        monkeypatch.setattr(sharded, "compiles", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(machine, "compiles", lambda gpu=gpu: gpu)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest, installed=installed: (
             installed if name == "liger_kernel" else find(name, *rest)))
         lm = machine.load("AutoModelForCausalLM", BUILTIN_MODEL, False)

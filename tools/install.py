@@ -34,7 +34,7 @@ def main():
     say(f"Installing {arguments.requirements} into .venv: {size} on a fast network.")
     if not (arguments.tool == "uv" and with_uv(arguments.requirements, arguments.torch_index, cpu)
             or with_pip(arguments.requirements, arguments.torch_index, cpu)):
-        sys.exit("Not everything could be installed: see the reason above, and docs/install.md for help.")
+        sys.exit("Not everything could be installed: see the reason above, and docs/running.md for help.")
     vllm = run(PYTHON, "-c", "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))")
     engine = "vLLM" if vllm else "There is no vLLM for this machine: transformers"
     say(f"Installed in {time.time() - start:.0f} s. {engine} will do the sampling.")
