@@ -18,11 +18,12 @@ test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
-race: install  ## every algorithm at the papers' batch, and the figures: 75 minutes on two cores
+race: install  ## every algorithm at the papers' batch, and the figures: about 80 minutes on two cores
 	$(BIN)/python -m tools.race --jobs 2
 
-race-batches: install  ## SPPO and GRPO at 16 to 512 prompts a step: less than an hour
+race-batches: install  ## SPPO, GRPO and a constant at 16 to 512 prompts per step: about an hour
 	$(BIN)/python -m tools.race --part batches --jobs 2
+	$(BIN)/python -m tools.race --part constant --jobs 2
 
 race-grid: install  ## the best learning rate of each algorithm, which `make race` then also uses: about an hour
 	$(BIN)/python -m tools.race --part grid --jobs 2

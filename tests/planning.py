@@ -1,5 +1,5 @@
 """Run by test_plan.py: bytes planned (on fake tensors) and really held, of small models and their steps, in
-bfloat16 with checkpointed activations."""
+bfloat16 with checkpointed activations, for each --offload."""
 import json
 
 import torch
@@ -7,11 +7,11 @@ import torch.distributed as dist
 from transformers import Qwen2Config
 
 from machine import init_distributed
-from sharded import mesh_of_ranks
-from tools.plan import count, fake_world
+from tools.plan import SETTINGS, count, fake_world
 
-CASES = [("policy", "wide", 300), ("policy", "deep", 1200), ("prompts", "wide", 200),
-         ("responses", "deep", 600)]
+CASES = [("policy", "wide", 300, "none"), ("policy", "deep", 1200, "none"), ("responses", "deep", 600, "none"),
+         *(("policy", "wide", 300, offload) for offload in SETTINGS[1:]),
+         *(("prompts", "wide", 200, offload) for offload in SETTINGS)]
 
 
 def small(hidden, layers, vocabulary, tied):
@@ -24,16 +24,12 @@ SHAPES = {"wide": small(256, 2, 1000, True), "deep": small(64, 6, 5000, False)}
 
 
 def counts(fake):
-    return {case: count(case[0], SHAPES[case[1]], case[2], fake=fake) for case in CASES}
+    return {case: count(case[0], SHAPES[case[1]], case[2], fake, offload=case[3]) for case in CASES}
 
 
 init_distributed()
 real = counts(fake=False)
 dist.destroy_process_group()
-mesh_of_ranks.cache_clear()  # it knew the ranks of that group
 fake_world(1)
 planned = counts(fake=True)
-columns = {"at rest": lambda c: c.weights + c.optimizer, "inferring": lambda c: c.infer[0],
-           "updating": lambda c: c.update[0], "gathered": lambda c: c.update[1]}
-print(json.dumps({f"{' '.join(map(str, case))} {what}": (pick(planned[case]), pick(real[case]))
-                  for case in CASES for what, pick in columns.items()}))
+print(json.dumps([(case, vars(planned[case]), vars(real[case])) for case in CASES]))

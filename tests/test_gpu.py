@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import os
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -22,7 +24,8 @@ from engines import Response, VLLMEngine
 from log import progress
 from rollout import Batch
 from sppo import TrainConfig, clipped_policy_loss, policy_step
-from tools import gpu
+from tools import bench, gpu
+from tools.plan import PlanConfig
 
 # ---- starting ----------------------------------------------------------------------------------------------
 
@@ -307,25 +310,39 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch, capsys):
-    code = {"fine": "print('some'); print('{\"a\": 1}')", "broken": "raise ValueError('of this part')",
-            "slow": "import time; time.sleep(60)", "silent": "pass"}
-    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(code, (None, 60)) | {"slow": (None, 1)})
-    monkeypatch.setattr(gpu, "command_of", lambda name, dry: [sys.executable, "-c", code[name]])
+    monkeypatch.setattr(gpu, "DRY", {})
+    monkeypatch.setattr(gpu, "PARTS", {
+        "fine": (60, 2, "-c 'print(1); print(2); print(3)'"), "slow": (1, 1, "-c 'import time; time.sleep(60)'"),
+        "broken": (60, 1, "-c 'raise ValueError(\"of this part\")'")})
     gpu.main(["--dry", "--output", str(tmp_path)])
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    assert parts["fine"]["measured"] == {"a": 1}
-    assert parts["broken"]["error"] == "ValueError: of this part"
+    parts = json.loads((tmp_path / "gpu.json").read_text())
+    assert parts["fine"]["said"] == ["2", "3"]
+    assert parts["broken"]["error"] == "exit code 1: ValueError: of this part"
     assert parts["slow"]["error"] == "took more than 1 s"
-    assert parts["silent"]["error"] == "did not say what it measured"
-    printed = capsys.readouterr().out
-    assert (tmp_path / "gpu.md").read_text() in printed and "failed: ValueError: of this part" in printed
+    assert "ValueError: of this part" in (tmp_path / "gpu.md").read_text()
+    assert "failed: took more than 1 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", gpu.PARTS)
-def test_the_dry_run_of_each_part(name):
-    if name in ("oversample", "sync", "sampling") and not importlib.util.find_spec("vllm"):
-        pytest.skip("vLLM is not installed")
-    done = run("tools/gpu.py", "--dry", "--part", name)
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@pytest.mark.parametrize("name", ["versions", "generate", "offload between"])
+def test_the_dry_run_of_a_part(name, tmp_path):
+    """Those whose command no other test runs."""
+    words = shlex.split(gpu.DRY.get(name, gpu.PARTS[name][2]).replace("runs/gpu", str(tmp_path)))
+    if words[0] == "-m":
+        done = run(f"{words[1].replace('.', '/')}.py", *words[2:])
+    else:
+        done = subprocess.run([sys.executable, *words], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])
-    assert measured and all(value not in ("", None, "no plan") for value in measured.values()), measured
+    assert {"versions": "torch ", "generate": "ratio ", "offload between": "memory: peak"}[name] in done.stdout
+
+
+@pytest.mark.parametrize("name, command", [*((name, command) for name, (*_, command) in gpu.PARTS.items()), *gpu.DRY.items()])
+def test_the_commands_are_understood(name, command):
+    """Every part, on a GPU and dry: its options exist, with values that no check refuses."""
+    words = shlex.split(command)
+    config = {"sppo.py": (TrainConfig, 1), "tools.plan": (PlanConfig, 3), "tools.bench": (bench.StepConfig, 3)}
+    kind, first = config.get(words[1] if words[0] == "-m" else words[0], (None, 0))
+    if name == "generate":
+        kind = bench.GenerateConfig
+    if kind:
+        kind.parse("", words[first:])

@@ -1,10 +1,9 @@
 """The race's arithmetic, by hand; the committed results; and a race of two steps through the command line."""
 import json
 import math
-import re
 
 import pytest
-from conftest import ROOT, complaint, run
+from conftest import ROOT, complaint, metrics, run
 
 from checkpoint import lock
 from tools import race_results
@@ -62,8 +61,7 @@ def test_intervals_are_students():
 @pytest.mark.parametrize("folder", ["results", "results/smollm2"])
 def test_committed_tables_are_those_of_the_committed_results(tmp_path, folder):
     (tmp_path / "race.json").write_text((ROOT / folder / "race.json").read_text())
-    done = run("tools/race.py", "--redraw", "--results", tmp_path)
-    assert done.returncode == 0, done.stderr
+    main(["--redraw", "--results", str(tmp_path)])
     for name in ("race.md", "race.json"):
         assert (tmp_path / name).read_text() == (ROOT / folder / name).read_text(), name
     assert {f.name for f in tmp_path.iterdir()} <= {f.name for f in (ROOT / folder).iterdir()}
@@ -71,20 +69,22 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path, folder):
 
 def test_committed_claims_are_those_of_the_committed_results():
     results = json.loads((ROOT / "results/race.json").read_text())
-    page, readme = (ROOT / "results/README.md").read_text(), (ROOT / "README.md").read_text()
+    page = (ROOT / "results/README.md").read_text().replace("\n", " ")
     for claim, text in race_results.claims(results).items():
-        assert text in page.replace("\n", " "), claim
-        assert text in readme, claim
+        assert text in page, claim  # and README's numbers are those of this page: test_pages.py
 
 
-def test_a_quick_race_continues_where_it_stopped(tmp_path):
-    command = ["tools/race.py", "--part", "quick", "--steps", "3", "--group-steps", "1", "--evaluations", "1",
-               "--output", tmp_path, "--", "--engine", "transformers", "--eval-problems", "16",
-               "--prompts-per-step", "16", "--minibatch", "8"]
+def test_a_race_continues_where_it_stopped(tmp_path):
+    """Runs of one step; with a table and a figure."""
+    command = ["tools/race.py", "--algorithms", "SPPO", "GRPO", "--steps", "1", "--group-steps", "1", "--seeds", "1",
+               "--prompts-per-step", "16", "--output", tmp_path / "runs", "--results", tmp_path / "results",
+               "--", "--engine", "transformers", "--eval-problems", "16"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"GRPO takes \d+\.\d times as many responses|SPPO (does not|has from the start)", done.stdout)
-    finished = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in tmp_path.iterdir()}
+    table = (tmp_path / "results/race.md").read_text()
+    assert all(f"\n| {name} | 3e-4 |" in table for name in ("SPPO", "GRPO"))
+    assert (tmp_path / "results/race.png").exists()
+    finished = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in (tmp_path / "runs").iterdir()}
     killed = next(folder for folder in finished if folder.name.startswith("GRPO"))
     (killed / "command.json").unlink()
     held = lock(killed)  # as a run does whose race was killed
@@ -93,13 +93,25 @@ def test_a_quick_race_continues_where_it_stopped(tmp_path):
     held.close()
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    again = [folder for folder in finished
-             if (folder / "metrics.jsonl").stat().st_mtime_ns != finished[folder]]
-    assert again == [killed]
+    assert [folder for folder in finished
+            if (folder / "metrics.jsonl").stat().st_mtime_ns != finished[folder]] == [killed]
+
+
+def test_a_constant_in_the_critics_place(tmp_path):
+    """Its mean of the rewards starts at the first batch's, and moves a quarter of the way to each step's."""
+    done = run("examples/running_mean.py", "--steps", "3", "--prompts-per-step", "16", "--minibatch", "8", "--engine", "transformers",
+               "--eval-every", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics(tmp_path) if line["step"]]
+    rewards = [line["reward"] for line in lines]
+    mean = rewards[0]
+    for line, reward in zip(lines, rewards, strict=True):
+        mean = 0.75 * mean + 0.25 * reward
+        assert line["baseline/mean"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--minibatch", "12"], "--minibatch 12: must divide"),
+    (["--prompts-per-step", "12"], "--prompts-per-step 12: must be a multiple of 16"),
     (["--seeds", "0"], "--seeds 0: must be greater than 0"),
     (["--algorithms", "SPPO", "SPO"], "with SPPO and GRPO among them"),
     (["--algorithms", "SPPO", "GRPO", "GRP"], "must be names that --help lists"),

@@ -3,16 +3,15 @@
     python -m tools.bench step --model M        one training step by phase, with sppo.py's options
     python -m tools.bench step --shape NAME     the same with random weights of a published shape: no download
     python -m tools.bench generate --model M    sampling through rollout.py beside plain vllm.LLM.generate
-    python -m tools.bench sync --model M        handing new weights to the engine beside copying as many bytes
-    python -m tools.bench stragglers            --oversample beside waiting for all responses
-    python -m tools.bench trl --model M         grpo.py and sppo.py beside TRL's GRPOTrainer (pip install trl)
+    python -m tools.bench trl --model M         grpo.py beside TRL's GRPOTrainer (pip install trl)
 
 Machines are noisy. What is compared takes turns on the same machine, and the ratio is what counts.
-`stragglers` and `trl` are in tools/bench_runs.py.
 """
 import importlib.util
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -23,21 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import sppo
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
 from data import check_model, load_problems, load_tokenizer, render
 from engines import VLLMEngine, stop_tokens
 from machine import compute_dtype, init_distributed
-from policy import Policy
-from reward import Verifier
+from reward import Verifier, verify
 from rollout import sample_and_verify
-from sharded import micro_batches
-from tools.bench_runs import need, stragglers, trl
-from tools.shapes import SHAPES, shape_of
-
-# ---- measuring ---------------------------------------------------------------------------------------------
+from tools.plan import SHAPES, shape_of
+from tools.race import GROUP, metrics_of
 
 
 def now(device):
@@ -54,35 +48,15 @@ def memory(device, peak=False):
     return int(re.search(line, Path("/proc/self/status").read_text())[1]) / 2**20
 
 
-def matmul_rate(device, dtype, seconds=1.0, sizes=None):
-    """Operations per second of large square products [n, n] @ [n, n]: the median of the fastest size."""
-    best = 0.0
-    for n in sizes or ((1024, 2048) if device.type == "cpu" else (4096, 8192)):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates, start = [], time.time()
-        while len(rates) < 3 or time.time() - start < seconds:
-            begun = now(device)
-            a @ b
-            rates.append(2 * n**3 / (now(device) - begun))
-        best = max(best, statistics.median(rates[1:]))
-    return best
-
-
-def products_rate(lm, tokens, device, dtype):
-    """Operations per second of the three products that training makes of each weight [out, in] and `tokens`
-    states: forward, gradient of the input, gradient of the weight. No update of this model can be faster."""
-    shapes = [tuple(m.weight.shape) for m in lm.modules() if isinstance(m, torch.nn.Linear)]
-    seconds = {}
-    for out, into in set(shapes):
-        sizes = (tokens, into), (tokens, out), (out, into)
-        x, g, w = (torch.randn(*size, device=device).to(dtype) for size in sizes)
-        times = []
-        for _ in range(3):
-            begun = now(device)
-            _ = x @ w.T, g @ w, g.T @ x
-            times.append(now(device) - begun)
-        seconds[out, into] = min(times)
-    return sum(6 * tokens * out * into for out, into in shapes) / sum(seconds[shape] for shape in shapes)
+def matmul_rate(device, dtype):
+    """Operations per second of large square products [n, n] @ [n, n]: the median of ten."""
+    n, rates = 2048 if device.type == "cpu" else 8192, []
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    for _ in range(11):
+        begun = now(device)
+        a @ b
+        rates.append(2 * n**3 / (now(device) - begun))
+    return statistics.median(rates[1:])
 
 
 # ---- one step by phase -------------------------------------------------------------------------------------
@@ -108,30 +82,16 @@ class MeasuredSPPO(sppo.SPPO):
 
     def __init__(self, run):
         super().__init__(run)
-        self.tokens = []  # of each step: all tokens, the same with padding, tokens of responses
+        self.tokens = []  # of prompts and responses, in each step
         self.memory = []  # after each step
-        self.rates = []  # of matrix products, before each step: a shared machine changes its speed
-        self.dtype, start_step = getattr(torch, run.config.dtype), run.clock.start_step
 
-        def measured_start():
-            if run.config.response_lengths and not self.rates:  # before the first step
-                set_lengths(run.engine, run.config.response_lengths, run.config.seed)
-            self.measure_rate()
-            start_step()
-        run.clock.start_step = measured_start
-
-    def measure_rate(self):
-        self.rates.append(matmul_rate(self.run.device, self.dtype))
+    def next_problems(self, first, count):
+        if first == 0 and self.run.config.response_lengths:  # the engine is made after the baseline
+            set_lengths(self.run.engine, self.run.config.response_lengths, self.run.config.seed)
+        return super().next_problems(first, count)
 
     def advantages(self, batch):
-        lengths, c = [len(p) + len(r) for p, r in batch.sequences], self.run.config
-        padded = torch.tensor(0)
-        for start in range(0, len(lengths), c.minibatch):
-            part = lengths[start : start + c.minibatch]
-            padded += sum(len(rows) * max(part[row] for row in rows)
-                          for rows in micro_batches(part, c.micro_batch_tokens) if rows)
-        dist.all_reduce(padded)  # each rank counted its own rows
-        self.tokens.append((sum(lengths), int(padded), int(batch.lengths.sum())))
+        self.tokens.append((sum(map(len, batch.prompts)), int(batch.lengths.sum())))
         return super().advantages(batch)
 
     def update(self, batch):
@@ -163,69 +123,47 @@ def random_model(shape, folder):
 
 
 def step(arguments):
-    """Trains for a few steps with sppo.py's loop, and prints where the time went. Returns `report_step`'s."""
+    """Trains for a few steps with sppo.py's loop, and prints where the time of the mean step went.
+    Returns (seconds by phase, GiB held after each step, GiB at most)."""
     arguments = ["--output", "runs/bench-step", "--eval-every", "0", "--save-every", "0", "--steps", "3",
                  *arguments]
-    config = StepConfig.parse(__doc__, arguments)
-    if config.shape in SHAPES:  # parsed again, for the defaults of a real model and not of the built-in one
-        folder = f"{config.output}/random-weights"
-        config = StepConfig.parse(__doc__, ["--model", folder, "--dataset", "chain", *arguments])
-        random_model(config.shape, config.model)
+    c = StepConfig.parse(__doc__, arguments)
+    if c.shape in SHAPES:  # parsed again, for the defaults of a real model and not of the built-in one
+        folder = f"{c.output}/random-weights"
+        c = StepConfig.parse(__doc__, ["--model", folder, "--dataset", "chain", *arguments])
+        random_model(c.shape, c.model)
     baselines = []
-
-    def make_baseline(run):
-        baselines.append(MeasuredSPPO(run))
-        return baselines[0]
-    sppo.train(config, make_baseline)
-    baselines[0].measure_rate()
-    return report_step(config, baselines[0])
-
-
-def report_step(config, measured):
-    """Prints the phases of the mean step, and the update's speed beside that of matrix products.
-    Returns (seconds by phase, GiB held after each step, GiB at most)."""
-    policy, device = measured.run.policy, measured.run.device
-    text = (Path(config.output) / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()][1:]
+    sppo.train(c, lambda run: baselines.append(MeasuredSPPO(run)) or baselines[0])
+    measured, policy, device = baselines[0], baselines[0].run.policy, baselines[0].run.device
+    lines = [json.loads(text) for text in (Path(c.output) / "metrics.jsonl").read_text().splitlines()][1:]
+    warm = slice(1 if len(lines) > 1 else 0, None)  # the first step allocates, compiles and fills caches
+    read, written = map(statistics.mean, zip(*measured.tokens[warm], strict=True))
+    names = ("rollout", "reward", "logprobs", "update", "critic", "sync", "step")
+    seconds = {name: statistics.mean(m.get(f"time/{name}", 0.0) for m in lines[warm]) for name in names}
+    say(f"\n{c.shape or c.model}, {policy.size / 1e6:,.1f}M parameters, {c.dtype}; {c.prompts_per_step} "
+        f"prompts per step, {read:,.0f} tokens of prompts, {written:,.0f} of responses; mean of "
+        f"{len(lines[warm])} steps after the first\n")
+    for name in names:
+        say(f"  {name:<10} {seconds[name]:>8.2f} s  {100 * seconds[name] / seconds['step']:>5.1f} %")
     lm = policy.module.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
     in_products = policy.size - (0 if tied else lm.get_input_embeddings().weight.numel())
-    most_tokens = min(config.micro_batch_tokens, measured.tokens[-1][0])
-    products = products_rate(lm, most_tokens, device, measured.dtype)
-    warm = slice(1 if len(lines) > 1 else 0, None)  # the first step allocates, compiles and fills caches
-    lines, rates = lines[warm], measured.rates[warm]
-    rate = statistics.mean(rates)
-    tokens, padded, generated = map(statistics.mean, zip(*measured.tokens[warm], strict=True))
-    names = ("rollout", "reward", "logprobs", "update", "critic", "sync", "step")
-    seconds = {name: statistics.mean(m.get(f"time/{name}", 0.0) for m in lines) for name in names}
-    say(f"\n{config.shape or config.model}, {policy.size / 1e6:,.1f}M parameters, {config.dtype}; "
-        f"{config.prompts_per_step} prompts a step, {tokens:,.0f} tokens with {generated:,.0f} of responses; "
-        f"mean of {len(lines)} steps after the first\n")
-    for name in names[:-1]:
-        say(f"  {name:<10} {seconds[name]:>8.2f} s  {100 * seconds[name] / seconds['step']:>5.1f} %")
-    say(f"  {'step':<10} {seconds['step']:>8.2f} s\n")
-    main_four = sum(seconds[name] for name in ("rollout", "logprobs", "update", "critic"))
-    say("  neither generation, log-probabilities, update nor critic: "
-        f"{100 * (1 - main_four / seconds['step']):.1f} % of the step")
-    say(f"  rollout {generated / seconds['rollout']:,.0f} tokens/s; "
-        f"update {tokens / seconds['update']:,.0f} tokens/s")
-    speed = 6 * in_products * tokens / seconds["update"]  # 6: forward and backward make 2 + 4 operations
-    say(f"  update {speed / 1e12:.3f} TFLOP/s (6 x parameters x tokens), matrix products alone "
-        f"{rate / 1e12:.3f} ({', '.join(f'{r / 1e12:.3f}' for r in rates)} before, between and after): "
-        f"{100 * speed / rate:.0f} %")
-    say(f"  the products of this model's own shapes, and nothing else, make {products / 1e12:.3f}: "
-        f"{100 * products / rate:.0f} %")
-    say(f"  padding {100 * (1 - tokens / padded):.1f} % of the update's tokens")
-    held = measured.memory
-    say(f"  memory: peak {memory(device, peak=True):.1f} GiB; {held[0]:.2f} after step 1, "
-        f"{held[len(held) // 2]:.2f} halfway, {held[-1]:.2f} after step {len(held)}")
-    return seconds, held, memory(device, peak=True)
+    # Forward and backward make 2 + 4 operations with each weight and token.
+    speed = 6 * in_products * (read + written) / seconds["update"]
+    rate = matmul_rate(device, getattr(torch, c.dtype))
+    held, peak = measured.memory, memory(device, peak=True)
+    say(f"\n  rollout {written / seconds['rollout']:,.0f} tokens/s; "
+        f"update {(read + written) / seconds['update']:,.0f} tokens/s\n"
+        f"  update {speed / 1e12:.3f} TFLOP/s (6 x parameters x tokens): {100 * speed / rate:.0f} % of the "
+        f"{rate / 1e12:.3f} of large matrix products\n"
+        f"  memory: peak {peak:.1f} GiB; {held[0]:.2f} after step 1, {held[-1]:.2f} after step {len(held)}")
+    return seconds, held, peak
 
 
-# ---- parts beside what they are made of --------------------------------------------------------------------
+# ---- sampling beside plain vLLM ----------------------------------------------------------------------------
 
 @dataclass
-class PartConfig(CommandLine):
+class GenerateConfig(CommandLine):
     model: str = option(BUILTIN_MODEL, "a Hugging Face name or folder")
     dataset: str = option("chain", "where prompts come from")
     prompts: int = option(64, "prompts", positive=True)
@@ -233,30 +171,24 @@ class PartConfig(CommandLine):
     rounds: int = option(5, "turns of each", positive=True)
     dtype: str = option("auto", "compute type, as sppo.py's")
 
-    def check(self):
-        super().check()
-        need("vllm")
 
-
-def start_part(arguments):
-    """(config, device, problems, their prompts as token ids, a vLLM engine) for `generate` and `sync`."""
-    c = PartConfig.parse(__doc__, arguments)
-    c.check()
-    tokenizer, problems = load_tokenizer(c.model), load_problems(c.dataset)[: c.prompts]
-    prompts = [render(p.messages, tokenizer) for p in problems]
-    max_tokens = max(map(len, prompts)) + c.tokens
-    check_model(c.model, max_tokens, options="--tokens")
-    device = init_distributed()
-    c.dtype = compute_dtype(c.dtype, device)
-    engine = VLLMEngine(c.model, device, stop=stop_tokens(c.model, tokenizer), dtype=c.dtype,
-                        max_tokens=max_tokens)
-    return c, device, problems, prompts, engine
+def need(package):
+    if not importlib.util.find_spec(package):
+        raise InputError(f"this benchmark needs {package}: `pip install {package}`")
 
 
 def generate(arguments):
     """Prints and returns the tokens a second of plain vLLM, and of rollout.py with verification, in turns."""
-    c, device, problems, prompts, engine = start_part(arguments)
-    tokenizer, verifier = load_tokenizer(c.model), Verifier(2, 1.0)
+    c = GenerateConfig.parse(__doc__, arguments)
+    c.check()
+    need("vllm")
+    tokenizer, problems = load_tokenizer(c.model), load_problems(c.dataset)[: c.prompts]
+    prompts = [render(p.messages, tokenizer) for p in problems]
+    max_tokens = max(map(len, prompts)) + c.tokens
+    check_model(c.model, max_tokens, options="--tokens")
+    device, verifier = init_distributed(), Verifier(2, 1.0)
+    engine = VLLMEngine(c.model, device, stop=stop_tokens(c.model, tokenizer),
+                        dtype=compute_dtype(c.dtype, device), max_tokens=max_tokens)
     params = engine.SamplingParams(temperature=1.0, max_tokens=c.tokens, stop_token_ids=engine.stop,
                                    ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False)
 
@@ -286,34 +218,82 @@ def generate(arguments):
     return tuple(map(statistics.median, rates.values()))
 
 
-def sync(arguments):
-    """Prints the time of handing the weights to the engine, and that of copying as many bytes, in turns."""
-    c, device, *_, engine = start_part(arguments)
-    policy = Policy(c.model, device, temperature=1.0, lr=1e-6, dtype=c.dtype)
-    times = {"sync": [], "gather": [], "copy": []}
-    for _ in range(c.rounds + 1):
-        begun = now(device)
-        engine.sync(policy.weights())
-        times["sync"].append(now(device) - begun)
-        begun = now(device)
-        weights = [tensor for _, tensor in policy.weights()]
-        times["gather"].append(now(device) - begun)
-        into = [torch.empty_like(tensor) for tensor in weights]
-        for _ in range(2):  # the second counts: memory is taken when it is first written
-            begun = now(device)
-            for a, b in zip(into, weights, strict=True):
-                a.copy_(b)
-            copied = now(device) - begun
-        times["copy"].append(copied)
-    size = sum(t.numel() * t.element_size() for t in weights)
-    ms = {name: 1000 * statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
-    say(f"{size / 1e6:,.0f} MB of weights: sync {ms['sync']:.0f} ms, of which cast and gather "
-        f"{ms['gather']:.0f} ms; copying as many bytes {ms['copy']:.0f} ms; ratio "
-        f"{ms['sync'] / ms['copy']:.1f}")
-    engine.close()
+# ---- beside TRL --------------------------------------------------------------------------------------------
+
+@dataclass
+class TRLConfig(CommandLine):
+    model: str = option(BUILTIN_MODEL, "a chat model: a Hugging Face name or folder")
+    dataset: str = option("chain", "a dataset whose answers are numbers")
+    output: str = option("runs/bench-trl", "folder of the runs")
+    prompts: int = option(8, "prompts per step", positive=True)
+    tokens: int = option(64, "new tokens at most", positive=True)
+    steps: int = option(5, "steps of grpo.py before TRL, of TRL, and of grpo.py after it", positive=True)
+    threads: int = option(os.cpu_count(), "threads of each", positive=True)
 
 
-COMMANDS = {"step": step, "generate": generate, "sync": sync, "stragglers": stragglers, "trl": trl}
+def trl_run(c):
+    """Seconds of each step of TRL's GRPOTrainer, as its users run it without a GPU."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    torch.set_num_threads(c.threads)
+    starts, seconds = [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            starts.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - starts[-1])
+
+    def reward(completions, answer, **_):
+        return [verify(completion[0]["content"], gold, "any")
+                for completion, gold in zip(completions, answer, strict=True)]
+    problems = [{"prompt": list(p.messages), "answer": p.answer} for p in load_problems(c.dataset)]
+    trainer = GRPOTrainer(
+        model=c.model, reward_funcs=reward, callbacks=[Watch()], train_dataset=Dataset.from_list(problems),
+        args=GRPOConfig(
+            output_dir=f"{c.output}/trl", per_device_train_batch_size=c.prompts * GROUP,
+            num_generations=GROUP, max_completion_length=c.tokens, learning_rate=1e-5,
+            lr_scheduler_type="constant", beta=0.0, temperature=1.0, max_steps=c.steps, bf16=True,
+            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True))
+    trainer.train()
+    return seconds
+
+
+def trl(arguments):
+    """Runs grpo.py, TRL and grpo.py again, and prints TRL's time for a step over grpo.py's."""
+    c = TRLConfig.parse(__doc__, arguments)
+    c.check()
+    need("trl")
+
+    def ours(name):
+        folder = Path(c.output) / name
+        shutil.rmtree(folder, ignore_errors=True)  # or it might be of a day when the machine was busier
+        lines = metrics_of(folder, [
+            "grpo.py", "--model", c.model, "--dataset", c.dataset, "--answer", "any", "--temperature", 1,
+            "--lr", 1e-5, "--dtype", "bfloat16", "--max-prompt-tokens", 256,
+            "--max-response-tokens", c.tokens, "--steps", c.steps,
+            "--no-checkpoint-activations", "--save-every", 0, "--eval-every", 0,
+            "--prompts-per-step", c.prompts, "--minibatch", c.prompts, "--group-size", GROUP],
+            threads=c.threads)
+        return [m["time/step"] for m in lines if m["step"]]
+
+    def said(name, seconds):
+        later = seconds[1:] or seconds
+        say(f"{name:<18} {statistics.median(later):>7.1f} s a step [{min(later):.1f}, {max(later):.1f}]")
+        return statistics.median(later)
+    say(f"{c.model}: {c.prompts * GROUP} samples a step, at most {c.tokens} tokens, bfloat16, "
+        f"{c.threads} threads; seconds a step are median and range after the first\n")
+    before = said("grpo.py", ours("grpo-1"))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory is free again at its end
+        theirs = said("TRL GRPOTrainer", pool.apply(trl_run, (c,)))
+    after = said("grpo.py again", ours("grpo-2"))
+    say(f"\none step of TRL takes {theirs / ((before + after) / 2):.2f} x the time of one of grpo.py")
+
+
+COMMANDS = {"step": step, "generate": generate, "trl": trl}
 
 
 def main(arguments=None):

@@ -2,7 +2,7 @@
 
     python -m tools.lesson              trains for some minutes, and draws
     python -m tools.lesson --redraw     draws again what docs/pictures/lesson.json holds
-    python -m tools.lesson -- --seed 1 ...       what follows -- is given to the run
+    python -m tools.lesson -- --steps 20 ...     what follows -- is given to the run
 
 The run is SPPO's. PPO's critic and SPO's tracker learn from the same responses, but change nothing. So in
 the end one batch can be shown with the advantages of all algorithms, each with a baseline that was trained.
@@ -11,33 +11,25 @@ import json
 import random
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
-import sppo
 from cli import CommandLine, InputError, clear_errors, option, say
-from explain import Ratios, watch
 from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import PPO, PPOConfig
 from spo import SPO, SPOConfig, normalize
-from sppo import SPPO, clipped_policy_loss, sequence_advantages, train
-from tools.lesson_pictures import draw
-from tools.plan import GIB, PlanConfig, count, fake_world, phases, shape_of
+from sppo import SPPO, sequence_advantages, train
+from tools.race_results import pyplot, save
 
 GROUP = 8  # responses to a prompt where its chance of success is measured, as in GRPO
-PLAN = PlanConfig(vllm_memory=0.35)  # of README's 7B command
 
 
 @dataclass
 class LessonConfig(CommandLine):
-    steps: int = option(40, "training steps", positive=True)
     output: str = option("docs/pictures", "folder for the pictures and lesson.json")
-    run: str = option("runs/lesson", "folder of the run")
-    shape: str = option(PlanConfig.model, "the model whose memory is planned, as in tools.plan")
     redraw: bool = option(False, "draw what --output holds, and train nothing")
 
 
@@ -47,139 +39,221 @@ class RunConfig(PPOConfig):
     init_samples: int = option(0, "as spo.py's: its tracker starts from 1/2")
 
 
+# ---- the run -----------------------------------------------------------------------------------------------
+
 class Together(SPPO):
-    """SPPO trains the policy. PPO's critic and SPO's tracker look on, and learn from the same batches."""
+    """SPPO trains the policy. PPO's critic and SPO's tracker look on, and learn from the same batches.
+    `measured` becomes a part of lesson.json."""
 
     def __init__(self, run):
         super().__init__(run)
-        self.others = self.ppo, self.spo = PPO(run), SPO(run)
+        self.ppo, self.spo, self.step, self.measured = PPO(run), SPO(run), 0, {"critic": []}
+        end_step = run.clock.end_step
+
+        def ended():  # between two steps the engine is awake, and no phase is timed
+            end_step()
+            phases = dict(run.clock.phases)
+            self.after_step()
+            run.clock.phases = phases
+        run.clock.end_step = ended
 
     def advantages(self, batch):
         with self.run.clock("others"):  # their time, which is not SPPO's
-            for other in self.others:
-                other.advantages(batch)
-        return super().advantages(batch)
+            self.ppo.advantages(batch)
+            self.spo.advantages(batch)
+        with self.run.clock("V"):
+            return super().advantages(batch)
 
     def update(self, batch):
         with self.run.clock("others"):
-            for other in self.others:
-                other.update(batch)
+            self.ppo.update(batch)
+            self.spo.update(batch)
         return super().update(batch)
 
+    def after_step(self):
+        self.step += 1
+        steps, run = self.run.config.steps, self.run
+        if self.step in (1, (steps + 1) // 2, steps):
+            share = run.sampler.sample(run.held_out, GROUP).rewards.view(-1, GROUP).mean(1)
+            self.measured["critic"].append({"step": self.step, "share": share.tolist(),
+                                            "value": rounded(self.logits_of(run.held_out).sigmoid())})
+        if self.step == (steps + 1) // 2:
+            self.measured["groups"] = {"step": self.step, **self.praise()}
 
-class Lesson:
-    """What is measured during the run: `data` becomes lesson.json."""
+    def logits_of(self, problems):
+        return self.critic.logits(self.critic.encode(problems))
 
-    def __init__(self, steps):
-        self.begun = sppo.begin
-        self.measured = {1, (steps + 1) // 2, steps}
-        self.data, self.up, self.down = {"steps": steps, "critic": []}, [], []
-
-    def begin(self, run, baseline):
-        """In place of sppo.begin: the log is watched."""
-        self.run, self.baseline, self.ratios = run, baseline, Ratios(run, baseline, clipped_policy_loss)
-        step, log = self.begun(run, baseline)
-        watch(log, "write", self.after_step)
-        return step, log
-
-    def after_step(self, _, step, seconds):
-        """Between two steps the engine is awake, and no clock runs."""
-        if not step:
-            return
-        for row in self.ratios.logprobs:
-            part = self.up if self.ratios.advantages[row] > 0 else self.down
-            part += self.ratios.ratio(row).tolist()
-        if step in self.measured:
-            problems = self.run.held_out
-            share = self.run.sampler.sample(problems, GROUP).rewards.view(-1, GROUP).mean(1)
-            value = self.value_logits(problems).sigmoid()
-            self.data["critic"].append({"step": step, "share": share.tolist(), "value": rounded(value)})
-        if step == (self.data["steps"] + 1) // 2:
-            self.data["groups"] = self.praise(step)
-
-    def value_logits(self, problems):
-        critic = self.baseline.critic
-        return critic.logits(critic.encode(problems))
-
-    def praise(self, step):
+    def praise(self):
         """One batch, and the advantage that each algorithm gives. Of it, a group whose rewards differ, and
         one in which all agree."""
-        run, baseline = self.run, self.baseline
-        problems = random.Random(0).sample(run.problems, len(run.held_out))
-        batch = run.sampler.sample(problems, GROUP, greedy=True)
-        remembered = torch.tensor(baseline.spo.expect(batch.problems))
+        problems = random.Random(0).sample(self.run.problems, len(self.run.held_out))
+        batch = self.run.sampler.sample(problems, GROUP, greedy=True)
         advantages = {
-            "SPPO": sequence_advantages(batch.rewards, self.value_logits(batch.problems)),
-            "SPO": normalize(batch.rewards - remembered),
+            "SPPO": sequence_advantages(batch.rewards, self.logits_of(batch.problems)),
+            "SPO": normalize(batch.rewards - torch.tensor(self.spo.expect(batch.problems))),
             "GRPO": group_advantages(batch.rewards, GROUP), "RLOO": rloo_advantages(batch.rewards, GROUP),
             "ReMax": remax_advantages(batch.rewards, batch.greedy_rewards.repeat_interleave(GROUP)),
-            "PPO": baseline.ppo.advantages(batch)}
+            "PPO": self.ppo.advantages(batch)}
         longest = batch.lengths.view(-1, GROUP).amax(1).tolist()
-        shares = batch.rewards.view(-1, GROUP).mean(1).tolist()
-        greedy = batch.greedy_rewards.tolist()
+        shares, greedy = batch.rewards.view(-1, GROUP).mean(1).tolist(), batch.greedy_rewards.tolist()
 
-        def best(badness):
-            return min(range(len(problems)), key=lambda i: (badness(i), longest[i]))
+        def group(badness):
+            """What is drawn of the best prompt, the shortest of several."""
+            number = min(range(len(problems)), key=lambda i: (badness(i), longest[i]))
+            rows = range(number * GROUP, (number + 1) * GROUP)
+            problem, responses = batch.problems[rows[0]], [batch.responses[i] for i in rows]
+            return {"problem": problem.messages[-1]["content"], "answer": problem.answer,
+                    "tokens": [[self.run.tokenizer.decode(token) for token in r.ids] for r in responses],
+                    "rewards": batch.rewards[rows].tolist(), "greedy": greedy[number],
+                    "advantages": {name: [rounded(row[: len(r.ids)] if row.dim() else row)
+                                          for row, r in zip(advantages[name][rows], responses, strict=True)]
+                                   for name in advantages}}
         # The first is drawn token by token, so it should be short.
-        chosen = {"mixed": best(lambda i: (shares[i] in (0, 1), longest[i] > 24, abs(shares[i] - 0.5))),
-                  "equal": best(lambda i: shares[i] != greedy[i])}
-        return {"step": step, **{name: self.group(batch, i, advantages) for name, i in chosen.items()}}
-
-    def group(self, batch, number, advantages):
-        """What is drawn of one prompt."""
-        rows = range(number * GROUP, (number + 1) * GROUP)
-        problem, responses = batch.problems[rows[0]], [batch.responses[i] for i in rows]
-        return {"problem": problem.messages[-1]["content"], "answer": problem.answer,
-                "tokens": [[self.run.tokenizer.decode(token) for token in r.ids] for r in responses],
-                "rewards": batch.rewards[rows].tolist(), "greedy": batch.greedy_rewards[number].item(),
-                "advantages": {name: [rounded(row[: len(r.ids)] if row.dim() else row)
-                                      for row, r in zip(advantages[name][rows], responses, strict=True)]
-                               for name in advantages}}
-
-    def ratio_counts(self, c):
-        """How many tokens had which ratio, by the sign of their advantage; and how many had no gradient."""
-        edges = np.linspace(0, 4, 81)
-        up, down = np.array(self.up), np.array(self.down)
-        return {"clip_low": c.clip_low, "clip_high": c.clip_high, "dual_clip": c.dual_clip,
-                "edges": rounded(edges), "up": np.histogram(up.clip(0, 4), edges)[0].tolist(),
-                "down": np.histogram(down.clip(0, 4), edges)[0].tolist(),
-                "clipped": {"up": int((up > 1 + c.clip_high).sum()),
-                            "down": int((down < 1 - c.clip_low).sum()),
-                            "dual": int((down > (c.dual_clip or np.inf)).sum())}}
+        return {"mixed": group(lambda i: (shares[i] in (0, 1), longest[i] > 24, abs(shares[i] - 0.5))),
+                "equal": group(lambda i: shares[i] != greedy[i])}
 
 
 def rounded(values):
     return np.round(np.asarray(values, dtype=float), 4).tolist()
 
 
-def lesson(c, extra):
+def lesson(extra):
     """Trains, and returns what lesson.json holds."""
-    own = ["--dataset", SPOConfig.BUILTIN["dataset"], "--eval-problems", "64"]  # prompts that come back
-    config = replace(RunConfig.parse("", own + extra), steps=c.steps, output=c.run, eval_every=c.steps)
-    it = Lesson(c.steps)
-    with patch.object(sppo, "begin", it.begin):
-        train(config, Together)
-    if len(it.data["critic"]) < len(it.measured):
+    own = "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"]  # whose prompts come back
+    config = RunConfig.parse("", [*own, "--eval-problems", "64", *extra])
+    config.eval_every, baselines = config.steps, []
+    train(config, lambda run: baselines.append(Together(run)) or baselines[0])
+    if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
-    lines = [json.loads(line) for line in Path(c.run, "metrics.jsonl").read_text().splitlines()][1:]
-    seconds = {phase: statistics.median(line[f"time/{phase}"] - (phase == "critic") * line["time/others"]
-                                        for line in lines)
-               for phase in ("rollout", "reward", "logprobs", "critic", "update", "sync")}
-    say(f"Counting what {c.shape} needs on {PLAN.gpus} GPUs.")
-    return {**it.data, "extra": extra, "seconds": seconds, "responses": config.prompts_per_step,
-            "ratios": it.ratio_counts(config), "plan": plan(c.shape)}
+    lines = [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()][1:]
+    for line in lines:  # the critic's time, without those who look on: for V, and to learn
+        line["time/learn"] = line["time/critic"] - line["time/others"] - line["time/V"]
+    seconds = {phase: statistics.median(line[f"time/{phase}"] for line in lines) for phase in DRAWN}
+    return {**baselines[0].measured, "extra": extra, "seconds": seconds, "responses": config.prompts_per_step}
 
 
-def plan(shape):
-    """{phase: GiB by column} on one GPU: that of `python -m tools.plan`."""
-    fake_world(PLAN.gpus)
-    counts = [count(kind, shape_of(shape), PLAN.micro_batch_tokens,
-                    replicas=PLAN.replicas, checkpoint_activations=PLAN.checkpoint_activations)
-              for kind in ("policy", "prompts")]
-    held = phases(*counts, "", PLAN.vllm_memory * PLAN.gpu_memory * GIB)
-    return {"shape": shape, "gpus": PLAN.gpus, "gpu_memory": PLAN.gpu_memory, "phases": {
-        name: {column: round(size / GIB, 2) for column, size in columns.items()}
-        for name, columns in held.items()}}
+# ---- the pictures: they read in black and white, and on a phone --------------------------------------------
+
+WIDTH = 5.0  # inches
+INK, PRAISE, BLAME, QUIET, MINUS = "#222222", "#e8850c", "#08519c", "#bbbbbb", "\N{MINUS SIGN}"
+# How two tokens are shown.
+NAMES = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "<|end|>": "\N{BLACK SQUARE}"}
+
+
+def draw(data, folder):
+    """Writes all pictures as PNG and SVG into a folder."""
+    plt = pyplot()
+    plt.rcParams.update({"svg.hashsalt": "lesson", "svg.fonttype": "none", "hatch.linewidth": 0.6,
+                         "axes.axisbelow": True, "figure.dpi": 120, "font.size": 7.5, "axes.labelsize": 8.5,
+                         "axes.titlesize": 8.5, "axes.titlelocation": "left", "legend.fontsize": 8,
+                         "xtick.labelsize": 8, "ytick.labelsize": 8})
+    save(plt, {"praise": draw_praise(plt, data["groups"]), "critic": draw_critic(plt, data["critic"]),
+               "clock": draw_clock(plt, data)}, folder)
+
+
+def draw_praise(plt, groups):
+    """One number for each response, for two groups of them; and PPO's for each token, for the first."""
+    figure, panels = plt.subplots(3, 1, figsize=(WIDTH, 4.9), height_ratios=(8, 8, 1))
+    colours = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", [BLAME, "white", PRAISE])
+    names = [name for name in groups["mixed"]["advantages"] if name != "PPO"]
+    most = max(np.abs(np.hstack(rows)).max() for group in (groups["mixed"], groups["equal"])
+               for rows in group["advantages"].values())
+    scale = plt.Normalize(-most, most)
+
+    def cells(axes, y, widths, values, texts, **font):
+        """A row of coloured boxes with texts. Returns where the last one ends."""
+        ends = np.cumsum(widths)
+        axes.broken_barh(list(zip(ends - widths, widths, strict=True)), (y, 1), edgecolor=QUIET,
+                         linewidth=0.3, facecolors=colours(scale(values)))
+        for end, width, value, text in zip(ends, widths, values, texts, strict=True):
+            axes.text(end - width / 2, y + 0.53, text, ha="center", va="center", fontsize=7,
+                      color="white" if value < -0.6 * most else INK, **font)
+        return ends[-1]
+
+    def signed(number):
+        return f"{number:+.2f}".replace("-", MINUS) if abs(number) >= 0.005 else "0"
+
+    def bare(axes, rows, title, end, columns):
+        axes.set(xlim=(0, end), ylim=(len(rows), -0.1), yticks=np.arange(len(rows)) + 0.5, yticklabels=rows,
+                 xticks=list(columns.values()), xticklabels=list(columns))
+        axes.set_title(title, pad=15)
+        axes.tick_params(length=0, labelsize=7.5, labeltop=True, pad=1, labelbottom=False)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    columns = {name: place + 0.5 for place, name in enumerate(names)}
+    mixed, equal, rights = groups["mixed"], groups["equal"], ("wrong", "right")
+    labels = [f"{i} {rights[int(r)]}" for i, r in enumerate(mixed["rewards"], 1)]
+    for axes, group, rows, why in (
+            (panels[0], mixed, labels, "some right, some wrong"),
+            (panels[2], equal, [f"all {rights[int(equal['rewards'][0])]}"], "all alike")):
+        for y in range(len(rows)):
+            row = [group["advantages"][name][y] for name in names]
+            cells(axes, y, np.ones(len(names)), row, map(signed, row))
+        question = group["problem"].partition(" modulo")[0].removeprefix("Compute ").replace("-", MINUS)
+        bare(axes, rows, f"{question} modulo 10, eight responses, {why}", len(names), columns)
+    words = [[NAMES.get(word, word) for word in row] for row in mixed["tokens"]]
+    last = 0
+    for y, (row, values) in enumerate(zip(words, mixed["advantages"]["PPO"], strict=True)):
+        widths = np.array([len(word) + 0.35 for word in row])
+        last = max(last, cells(panels[1], y, widths, values, row, family="monospace"))
+    for y, values in enumerate(mixed["advantages"]["PPO"]):
+        for place, value in ((2, values[0]), (6.4, values[-1])):
+            panels[1].text(last + place, y + 0.53, signed(value), ha="center", va="center", fontsize=7)
+    bare(panels[1], labels, "PPO, the same responses: a number for each token", last + 8.6,
+         {"first token": last + 1.4, "last": last + 6.4})
+    figure.colorbar(plt.cm.ScalarMappable(scale, colours), ax=panels, location="bottom", shrink=0.6,
+                    aspect=40, label="advantage: blue makes a response less likely, orange more likely")
+    return figure
+
+
+def draw_critic(plt, measured):
+    """V(prompt) against the share of right responses; below it, how many prompts have which V."""
+    figure, rows = plt.subplots(2, len(measured), figsize=(WIDTH, 3), sharex=True, sharey="row",
+                                squeeze=False, height_ratios=(3, 1))
+    edges = np.linspace(0, 1, 11)
+    for above, below, at in zip(*rows, measured, strict=True):
+        value, share = np.array(at["value"]), np.array(at["share"])
+        above.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
+        spread = np.random.default_rng(0).uniform(-0.025, 0.025, len(share))  # or equal points would be one
+        above.plot(value, share + spread, "o", color=INK, markersize=2.5, alpha=0.5, markeredgewidth=0,
+                   label="a prompt")
+        places = np.digitize(value, edges[1:-1])
+        alike = [places == k for k in range(10) if (places == k).any()]
+        above.plot([value[those].mean() for those in alike], [share[those].mean() for those in alike], "s-",
+                   color=PRAISE, markeredgecolor=INK, markersize=5, label="mean of prompts with similar V")
+        above.set(xlim=(-0.05, 1.05), ylim=(-0.08, 1.08), aspect="equal", title=f"after step {at['step']}")
+        below.hist(value, edges, color="#888888", edgecolor="white")
+        below.set(xlabel="V(prompt)", xticks=(0, 0.5, 1))
+    rows[0][0].set_ylabel("share of 8 responses\nthat are right")
+    rows[1][0].set_ylabel("prompts")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+# {phase: who works}, in the order of a step. The verifier works while the engine writes.
+DRAWN = {"rollout": "engine", "reward": "verifier", "logprobs": "policy", "V": "critic",
+         "update": "policy", "learn": "critic", "sync": "engine"}
+
+def draw_clock(plt, data):
+    """Seconds of a step by who computes."""
+    figure, clock = plt.subplots(figsize=(WIDTH, 2.2))
+    lanes, start, whole = ["engine", "verifier", "critic", "policy"], 0, sum(data["seconds"].values())
+    for phase, who in DRAWN.items():
+        seconds, y = data["seconds"][phase], lanes.index(who)
+        text, late = f"{phase} {seconds:.2f} s", start + seconds > 0.7 * whole
+        if phase == "reward":  # as responses end; what is left when the engine is ready is too short to see
+            clock.barh(y, start, height=0.62, color="white", edgecolor=QUIET, hatch="--", linewidth=0.8)
+            text = f"reward as responses end, then {seconds:.2f} s"
+        clock.barh(y, seconds, left=start, height=0.62, color=BLAME if who == "engine" else INK,
+                   edgecolor="white", linewidth=0.8)
+        clock.text(0 if phase == "reward" else start + late * seconds, y - 0.45, text, va="center",
+                   ha="right" if late else "left")
+        start += seconds
+    clock.set(yticks=range(4), yticklabels=lanes, ylim=(3.5, -0.7), xlim=(0, whole * 1.01),
+              xlabel=f"seconds of a step of {data['responses']} responses",
+              title="One step of the built-in model on a CPU: who works when")
+    clock.grid(axis="y", visible=False)
+    return figure
 
 
 def main(arguments=None):
@@ -191,7 +265,7 @@ def main(arguments=None):
         folder, file = Path(c.output), Path(c.output) / "lesson.json"
         if c.redraw and not file.exists():
             raise InputError(f"{file}: there is nothing to draw; run the lesson first (without --redraw)")
-        data = json.loads(file.read_text()) if c.redraw else lesson(c, arguments[cut + 1 :])
+        data = json.loads(file.read_text()) if c.redraw else lesson(arguments[cut + 1 :])
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(data, ensure_ascii=False) + "\n")
         draw(data, folder)

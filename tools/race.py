@@ -1,9 +1,10 @@
-"""The race: every algorithm on the same problems, and the papers' figures drawn from what happened.
+"""The race: every algorithm on the same problems, and the figures and tables of what happened.
 
     python -m tools.race                    all algorithms at the papers' batch, at one learning rate for all
                                             and, once the grid has run, each at its own best rate
     python -m tools.race --part grid        the learning rates, on a seed that the race does not use
-    python -m tools.race --part batches     SPPO and GRPO at 16 to 512 prompts a step
+    python -m tools.race --part batches     SPPO and GRPO at 16 to 512 prompts per step
+    python -m tools.race --part constant    the same for a constant in the critic's place
     python -m tools.race --part quick       one seed of SPPO and GRPO at the papers' batch
     python -m tools.race --redraw           figures and tables from the committed results, without training
     python -m tools.race --model M --dataset D -- --max-response-tokens 8192 ...
@@ -15,8 +16,8 @@ continues with the runs that had not finished. All runs have the same loop, engi
 evaluation. What differs is the algorithm, and how many samples it takes of a prompt. Time is that of training
 steps: evaluations do not count.
 
-With `--part batches`, the learning rate grows with the square root of the batch, the usual rule for Adam, and
-the number of steps shrinks by the same factor.
+For other batches than the papers', the learning rate grows with the square root of the batch, the usual rule
+for Adam, and the number of steps shrinks by the same factor.
 """
 import json
 import math
@@ -33,23 +34,24 @@ import torch
 
 from checkpoint import lock
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from tools.race_figures import draw
-from tools.race_results import EQUAL, GROUP, best_rates, quick_answer, report
+from tools.race_results import CONSTANT, EQUAL, GROUP, best_rates, draw, report, table
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = {  # name: the script and the options that make it this algorithm
-    "SPPO": ["sppo.py"], "SPPO, small critic": ["sppo.py"], "SPO": ["spo.py"], "PPO": ["ppo.py"],
-    "PPO + BCE": ["ppo.py", "--value-loss", "bce"], "GRPO": ["grpo.py"], EQUAL: ["grpo.py"],
-    "RLOO": ["grpo.py", "--baseline", "rloo"], "ReMax": ["grpo.py", "--baseline", "remax"]}
+    "SPPO": ["sppo.py"], "SPPO, small critic": ["sppo.py"], CONSTANT: ["examples/running_mean.py"],
+    "SPO": ["spo.py"], "PPO": ["ppo.py"], "PPO + BCE": ["ppo.py", "--value-loss", "bce"],
+    "GRPO": ["grpo.py"], EQUAL: ["grpo.py"], "RLOO": ["grpo.py", "--baseline", "rloo"],
+    "ReMax": ["grpo.py", "--baseline", "remax"]}
 SAMPLES = {"GRPO": GROUP, EQUAL: GROUP, "RLOO": GROUP, "ReMax": 2}  # a prompt; the others take one
-KEPT = ("group/all_right", "group/all_wrong", "critic/auc", "critic/skill", "reward", "response_tokens",
+KEPT = ("group/all_right", "group/all_wrong", "critic/auc", "critic/skill",
         *(f"critic/auc_tenth_{k}" for k in range(1, 11)))  # the metrics that race.json keeps
 PHASES = ("rollout", "reward", "logprobs", "critic", "update", "sync")
+EVALUATIONS = 20  # in a run
 
 
 @dataclass
 class RaceConfig(CommandLine):
-    part: Literal["race", "grid", "batches", "quick"] = option("race", "which runs to make")
+    part: Literal["race", "grid", "batches", "constant", "quick"] = option("race", "which runs to make")
     model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder [the built-in model]")
     small_critic: str | None = option(None, "where the small critic starts from; without it, there is none")
     dataset: str = option("chain:1280", "as sppo.py's")
@@ -57,50 +59,45 @@ class RaceConfig(CommandLine):
     results: str | None = option(None, "folder for race.json, figures and tables [--output]")
     algorithms: tuple[str, ...] = option((), f"of {', '.join(ALGORITHMS)}; SPPO and GRPO must be there [all]")
     seeds: int = option(3, "runs of each algorithm", positive=True)
-    lr: str = option("1e-6", "the one learning rate for all")
-    lrs: tuple[str, ...] = option(("5e-7", "1e-6", "2e-6"), "learning rates of the grid")
+    lr: str = option("1e-6", "the one learning rate for all; the grid also has half of it and twice it")
     steps: int = option(400, "training steps", positive=True)
     group_steps: int = option(100, "training steps of GRPO and RLOO, each with eight times the samples",
                               positive=True)
-    prompts_per_step: int = option(256, "prompts of a step, for all", positive=True)
-    minibatch: int = option(128, "prompts of an optimiser step, for all", positive=True)
-    batches: tuple[int, ...] = option((64, 256), "prompts of a step in --part batches; a mini-batch is half")
-    evaluations: int = option(20, "evaluations in a run", positive=True)
+    prompts_per_step: int = option(256, "prompts of a step, for all; a mini-batch is half", positive=True)
+    batches: tuple[int, ...] = option((64, 256), "prompts of a step in --part batches")
     ranks: int = option(1, "processes of each run (torchrun)", positive=True)
-    threads: int = option(1, "threads of each process; more do not help the built-in models", positive=True)
     jobs: int = option(1, "runs at once; with more than idle cores, times mean nothing", positive=True)
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
-    BUILTIN: ClassVar[dict] = dict(
-        small_critic=f"{BUILTIN_MODEL}/small", results="results", lr="3e-4", lrs=("1.5e-4", "3e-4", "6e-4"),
-        steps=40, group_steps=16, batches=(16, 64, 256, 512))
+    BUILTIN: ClassVar[dict] = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lr="3e-4",
+                                   steps=40, group_steps=16, batches=(16, 64, 256, 512))
 
     def check(self):
         super().check()
-        if self.prompts_per_step % self.minibatch or self.minibatch % GROUP:
-            raise InputError(
-                f"--minibatch {self.minibatch}: must divide --prompts-per-step {self.prompts_per_step} and "
-                f"be a multiple of {GROUP}, so that groups of {GROUP} can make as many samples")
+        if self.prompts_per_step % (2 * GROUP):
+            raise InputError(f"--prompts-per-step {self.prompts_per_step}: must be a multiple of "
+                             f"{2 * GROUP}, so that half of it can be samples of groups of {GROUP}")
         if self.algorithms and not {"SPPO", "GRPO"} <= {*self.algorithms} <= ALGORITHMS.keys():
             raise InputError(f"--algorithms {' '.join(self.algorithms)}: must be names that --help lists, "
                              "with SPPO and GRPO among them")
-        for size in self.batches:
-            if size < 2 or size % 2:
-                raise InputError(f"--batches {size}: a mini-batch is half of it; give even numbers")
+        if any(size < 2 or size % 2 for size in self.batches):
+            raise InputError(f"--batches {self.batches}: a mini-batch is half of each; give even numbers")
 
 
 def runs_of(c, results):
-    """The runs of a part: (algorithm, learning rate, seed, prompts a step) of each, in their order."""
+    """The runs of a part: (algorithm, learning rate, seed, prompts per step) of each, in their order."""
     names = [name for name in c.algorithms or ALGORITHMS if c.small_critic or name != "SPPO, small critic"]
     if c.part == "quick":
         return [(name, c.lr, 0, c.prompts_per_step) for name in ("GRPO", "SPPO")]
     if c.part == "grid":
-        return [(name, lr, c.seeds, c.prompts_per_step) for lr in c.lrs for name in names]
-    if c.part == "batches":  # the slowest first, so that no core idles at the end
+        return [(name, lr, c.seeds, c.prompts_per_step)
+                for lr in (f"{float(c.lr) / 2:g}", c.lr, f"{float(c.lr) * 2:g}") for name in names]
+    if c.part in ("batches", "constant"):  # the slowest first, so that no core idles at the end
         rates = {size: f"{float(c.lr) * math.sqrt(size / c.prompts_per_step):.3g}" for size in c.batches}
         rates[c.prompts_per_step] = c.lr  # as in the race, whose runs need not be repeated
         return [(name, rates[size], seed, size) for size in sorted(c.batches, reverse=True)
-                for seed in range(c.seeds) for name in ("GRPO", "SPPO")]
+                for seed in range(c.seeds)
+                for name in (("GRPO", "SPPO") if c.part == "batches" else (CONSTANT,))]
     best = best_rates(results["grid"]["runs"]) if "grid" in results else {}
     rates = {name: dict.fromkeys((c.lr, best.get(name, c.lr))) for name in names}  # once if they are the same
     return [(name, lr, seed, c.prompts_per_step)
@@ -110,17 +107,16 @@ def runs_of(c, results):
 def one_run(c, extra, name, lr, seed, prompts):
     """The record of a run: accuracy over seconds and responses, and metrics. A finished one is only read."""
     share = GROUP if name == EQUAL else 1
-    scale = math.sqrt(c.prompts_per_step / prompts)  # fewer prompts a step: a lower rate, and more steps
+    scale = math.sqrt(c.prompts_per_step / prompts)  # fewer prompts per step: a lower rate, and more steps
     steps = round(scale * (c.group_steps if name in ("GRPO", "RLOO") else c.steps))
-    minibatch = c.minibatch * prompts // c.prompts_per_step // share
     critic = ["--critic-model", c.small_critic] if name == "SPPO, small critic" else []
     command = [
         *ALGORITHMS[name], *critic, "--model", c.model, "--dataset", c.dataset, "--lr", lr, "--seed", seed,
-        "--steps", steps, "--save-every", 0, "--eval-every", max(1, steps // c.evaluations),
-        "--prompts-per-step", prompts // share, "--minibatch", minibatch, *extra]
+        "--steps", steps, "--save-every", 0, "--eval-every", max(1, steps // EVALUATIONS),
+        "--prompts-per-step", prompts // share, "--minibatch", prompts // 2 // share, *extra]
     words = name.replace(",", "").replace(" + ", " ").split()
     folder = Path(c.output) / "-".join(map(str, [*words, prompts, lr, steps, seed]))
-    lines = metrics_of(folder, command, c.ranks, c.threads)
+    lines = metrics_of(folder, command, c.ranks)
     evaluated = [m for m in lines if "eval_accuracy" in m]
     say(f"{folder.name:<36} accuracy {evaluated[0]['eval_accuracy']:.3f} -> "
         f"{evaluated[-1]['eval_accuracy']:.3f} in {lines[-1]['seconds']:>4.0f} s")
@@ -191,7 +187,7 @@ def main(arguments=None):
             with ThreadPool(c.jobs) as pool:
                 runs = list(pool.imap(lambda run: one_run(c, extra, *run), runs_of(c, results)))
             if c.part == "quick":
-                say("\n" + quick_answer(runs))
+                say("\n" + table(runs))
                 return
             settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()
                         if k not in ("output", "results", "redraw")}
