@@ -78,15 +78,16 @@ three() {
             --save-every 1 --eval-every 0 --resume"
     rm -rf "${OUT:?}/resumed"
     echo "  resumed: killed with kill -9 after two steps, then continued by half of the ranks"
-    setsid $BIN/torchrun --standalone --nproc-per-node "$GPUS" sppo.py --output "$OUT/resumed" $common $MORE \
+    $BIN/torchrun --standalone --nproc-per-node "$GPUS" sppo.py --output "$OUT/resumed" $common $MORE \
         > "$OUT/killed.txt" 2>&1 &
     local pid=$!
-    until [ -e "$OUT/resumed/checkpoints/step-00000002" ]; do
+    until compgen -G "$OUT/resumed/checkpoints/step-0000000[2-9]" > /dev/null; do
         kill -0 $pid 2>/dev/null || wrong "it ended before two steps: $(tail -3 "$OUT/killed.txt")"
         sleep 1
     done
-    kill -9 -- -$pid
+    kill -9 $(pgrep -P $pid) $pid  # torchrun's ranks too, which would go on without it
     wait $pid 2> /dev/null
+    ! grep -q "^Trained" "$OUT/killed.txt" || wrong "it had ended before it was killed: $OUT/killed.txt"
     $BIN/torchrun --standalone --nproc-per-node $((GPUS / 2)) sppo.py --output "$OUT/resumed" $common $MORE \
         > "$OUT/resumed.txt" 2>&1 || wrong "it does not resume: $(tail -3 "$OUT/resumed.txt")"
     grep -q "Resuming after step" "$OUT/resumed.txt" || wrong "it started at the beginning: $OUT/resumed.txt"
