@@ -27,6 +27,7 @@ DAPO_WORDING = re.compile(
 # A row is read by the first of these fields that it has.
 PROMPT_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "solution", "ground_truth")
+FIELDS = (*PROMPT_FIELDS, *ANSWER_FIELDS, "reward_model")  # the last is verl's
 EXPECTED = (f"expected one of {'|'.join(PROMPT_FIELDS)} with one of {'|'.join(ANSWER_FIELDS)}, "
             "or verl's `prompt` with `reward_model.ground_truth`")
 
@@ -56,12 +57,19 @@ def load_problems(spec):
         rows = file_rows(Path(spec))
     else:
         rows = hub_rows(spec)
-    problems = {}  # by what they say: DAPO-17k on the hub repeats each problem a hundred times
+    # DAPO-17k on the hub repeats each problem a hundred times, so rows like earlier ones are not parsed.
+    count, seen, problems = 0, set(), {}  # problems: by what they say
     for i, row in enumerate(rows):
-        problem = parse_row(row, i, spec)
-        problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
+        count = i + 1
+        said = repr([row.get(field) for field in FIELDS] if isinstance(row, dict) else row)
+        if said not in seen:
+            seen.add(said)
+            problem = parse_row(row, i, spec)
+            problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
+    if len(problems) < count / 2:
+        say(f"{spec}: {count:,} rows, which repeat {len(problems):,} problems")
     return [*problems.values()]
 
 
@@ -71,7 +79,8 @@ def file_rows(path):
     if path.suffix == ".parquet":
         import pyarrow.parquet
         try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
+            for part in pyarrow.parquet.ParquetFile(path).iter_batches():  # as Python objects, all take much
+                yield from part.to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"{path}: is not a parquet file ({error})") from None
         return
@@ -84,14 +93,17 @@ def file_rows(path):
 
 
 def hub_rows(spec):
+    say(f"Reading {spec} from the hub.")
     name, _, split = spec.partition(":")
     parts = name.split("/", 2)  # HUB, NAME and, where it is given, CONFIG
     try:
         import datasets
-        return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; each is about this name
         raise InputError(f"{spec}: is neither a .jsonl or .parquet file nor a dataset on the hub in reach "
                          f"({first_line(error)}); without a network, give a file") from None
+    for part in rows.select_columns([name for name in rows.column_names if name in FIELDS]).iter(1000):
+        yield from (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
 
 
 def is_chat(prompt):

@@ -13,6 +13,7 @@ import copy
 import gc
 import importlib.util
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cli import InputError
+from cli import InputError, say
 from log import progress
 from machine import checkpoint_names, checkpoint_tensors, first_line, skeleton
 
@@ -31,6 +32,12 @@ class Response:
     logprobs: list[float]  # of each token, in the distribution it was sampled from (after temperature)
     finished: bool  # False: it ran out of tokens, so it has no answer; or it is paused
     paused: bool = False  # stopped before its end, to be continued later
+
+
+GIB = 2**30
+# Bytes of a GPU that `--vllm-memory auto` leaves free: for NCCL's buffers, for layers that FSDP gathers while
+# the policy's weights travel, and for memory that the allocator cannot use. A guess.
+RESERVED = 4 * GIB
 
 
 def engine_class(c):
@@ -77,16 +84,21 @@ def stop_tokens(model, tokenizer, trust_remote_code=False):
 
 class VLLMEngine:
     def __init__(self, model, device, *, stop, max_tokens, dtype="bfloat16", seed=0, tensor_parallel=1,
-                 memory=0.5, trust_remote_code=False):
+                 memory=None, trust_remote_code=False):
         """model: hub name or folder. stop: token ids that end a response. max_tokens: of a prompt and its
-        response together. memory: the share of a GPU's memory that vLLM may use while it is awake."""
-        self.device, self.stop = device, stop
+        response together. memory: the share of a GPU's memory that vLLM may use while it is awake (None: what
+        is free now, but for RESERVED)."""
+        self.device, self.stop, self.taken = device, stop, None  # taken: bytes that vLLM gave back to sleep
         self.skeleton = skeleton("AutoModelForCausalLM", model, trust_remote_code)  # vLLM wants other names
         on_gpu = device.type == "cuda"
+        self.share = share_of_memory(memory) if on_gpu else 0.5  # on a CPU, VLLM_CPU_KVCACHE_SPACE counts
+        # Warnings would explain a first failure on a GPU. `sleep` turns them off after a first whole turn.
+        self.warns = on_gpu and "VLLM_LOGGING_LEVEL" not in os.environ
+        level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
         # In this process, so that it takes new weights as tensors, without copies between processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Its logger has the same level, for what it prints before it reads the variable.
-        logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR").upper())
+        logging.getLogger("vllm").setLevel(level.upper())
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # It warns that there is no Triton, which a CPU does not need.
@@ -102,7 +114,10 @@ class VLLMEngine:
             options = dict(max_num_seqs=512,
                            # Logits are not rounded to bfloat16, as in policy.py. (0.22 rounds them even so,
                            # and then `policy/rollout_gap` is larger.)
-                           hf_overrides={"head_dtype": "float32"})
+                           hf_overrides={"head_dtype": "float32"},
+                           # It shares the buffers of CUDA graphs between processes, which memory that can
+                           # grow in place (machine.py) does not allow. NCCL does the same work.
+                           disable_custom_all_reduce=True)
         else:
             from vllm.platforms import current_platform
             # vLLM 0.32 compiles a few lines of its own with Inductor: a silent minute, and no gain on a CPU.
@@ -121,11 +136,16 @@ class VLLMEngine:
                 seed=seed + dist.get_rank() // tensor_parallel,
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 logprobs_mode="processed_logprobs",  # after temperature: what the ratio needs
-                use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=memory,
+                use_tqdm_on_load=False, disable_log_stats=True, gpu_memory_utilization=self.share,
                 enable_sleep_mode=on_gpu, enforce_eager=not on_gpu, **options)  # graphs are for GPUs only
         except Exception as error:  # its checks and its models raise many kinds
+            advice = "raise --vllm-memory, or make room for it with --offload between"
+            if "memory" not in str(error):  # else its weights, or the cache of one response, need more
+                advice = "try --engine transformers"
             raise InputError(f"{model}: {self.name} does not start with it ({type(error).__name__}: "
-                             f"{' '.join(str(error).split())[:300]}); try --engine transformers") from error
+                             f"{' '.join(str(error).split())[:300]}); {advice}") from error
+        if on_gpu:
+            say(f"vLLM takes {self.share:.2f} of a GPU's memory while it samples (--vllm-memory)")
         self._free_transformers_classes()
 
     def _free_transformers_classes(self):
@@ -186,18 +206,33 @@ class VLLMEngine:
 
     def sleep(self):
         if self.device.type == "cuda":
+            if self.warns and self.taken:  # it has slept, woken and sampled once
+                logging.getLogger("vllm").setLevel(logging.ERROR)
             torch.cuda.empty_cache()
+            before = torch.cuda.mem_get_info()[0]
             self.llm.sleep(level=2)  # drops weights and cache: `sync` must come before the next `generate`
+            self.taken = torch.cuda.mem_get_info()[0] - before
 
     def _wake(self, what):
         torch.cuda.empty_cache()  # vLLM cannot use memory that PyTorch's allocator keeps
         self.llm.wake_up(tags=[what])
+
+    def _check_room(self):
+        """Raises InputError, on all ranks, if one of them lacks the memory that vLLM has given back. CUDA's
+        own error would name no option."""
+        torch.cuda.empty_cache()
+        missing = -smallest_of_ranks(torch.cuda.mem_get_info()[0] - self.taken)
+        if missing > 0:
+            raise InputError(f"vLLM cannot wake up: of the {self.taken / GIB:.1f} GiB that it gave back, "
+                             f"{missing / GIB:.1f} are missing; lower --vllm-memory, which is {self.share}, "
+                             "or keep the models in host memory meanwhile, with --offload between")
 
     def sync(self, weights):
         """weights: an iterator of (transformers' name, full tensor); vLLM keeps about a
         layer of them at a time."""
         asleep = self.device.type == "cuda" and self.llm.llm_engine.is_sleeping()
         if asleep:
+            self._check_room()
             self._wake("weights")
         named = checkpoint_names(self.skeleton, weights)
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
@@ -205,7 +240,9 @@ class VLLMEngine:
             self._wake("kv_cache")
         if self.device.type == "cpu":
             self.llm.apply_model(_repack)
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        # It holds keys and values of the old weights. vLLM keeps them if it is still at work.
+        if self.llm.reset_prefix_cache() is False:
+            raise RuntimeError("vLLM did not drop the keys and values of the old weights")
 
     def close(self):
         """Must come before the process group ends, which vLLM uses to shut down."""
@@ -213,6 +250,28 @@ class VLLMEngine:
         self.config.__exit__(None, None, None)
         del self.llm
         gc.collect()
+
+
+def smallest_of_ranks(number):
+    """The smallest of the ranks' numbers: all of them must decide the same."""
+    smallest = torch.tensor(number)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return smallest.item()
+
+
+def share_of_memory(asked):
+    """The share of a GPU's memory that vLLM gets: `asked`, or if that is None, what is free now but for
+    RESERVED. Raises InputError if so much is not free, or nothing remains."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    free = smallest_of_ranks(free)
+    share = math.floor(100 * (free - RESERVED) / total) / 100 if asked is None else asked
+    if not 0 < share * total <= free:
+        wanted = f"more than {RESERVED / GIB:.0f}" if asked is None else f"{asked * total / GIB:.1f}"
+        raise InputError(f"vLLM needs {wanted} GiB of a GPU, and beside the models {free / GIB:.1f} of "
+                         f"{total / GIB:.1f} are free; lower --vllm-memory, or keep the models in host "
+                         "memory meanwhile, with --offload between")
+    return share
 
 
 def _repack(model):

@@ -47,17 +47,23 @@ class InFlight:
         self.config, self.sampler, self.started = config, sampler, []
         self.problems = {p.id: p for p in problems}
 
-    def sample(self, baseline, step):
-        """The Batch of a step (from 1): as many responses as a step trains on, the first to finish."""
+    def start(self, baseline, step):
+        """Chooses the problems whose responses start in this step (from 1), and asks what is expected of
+        them. The loop calls this while vLLM still sleeps, since a critic needs memory to answer."""
         c, count = self.config, self.config.prompts_per_step
         trained_on = (step - 1) * count
         room = min(math.ceil(count * (1 + c.oversample)), c.steps * count - trained_on) - len(self.started)
-        if room > 0:
+        if c.oversample and room > 0:
             problems = baseline.next_problems(trained_on + len(self.started), room)
             with self.sampler.clock("critic"):
                 expected = baseline.expect(problems)
             self.started += [Started(p, self.sampler.prompt(p), step, value, Response([], [], False))
                              for p, value in zip(problems, expected, strict=True)]
+
+    def sample(self, baseline, step):
+        """The Batch of a step: as many responses as a step trains on, the first to finish."""
+        c, count = self.config, self.config.prompts_per_step
+        self.start(baseline, step)  # in the first step, or with a larger --oversample; else it has been done
         unfinished = [s for s in self.started if s.reward is None]
         finished = len(self.started) - len(unfinished)
         overdue = {i for i, s in enumerate(unfinished) if step - s.step >= MAX_AGE}

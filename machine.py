@@ -19,6 +19,9 @@ from cli import InputError, is_main
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # data.py says in one sentence what is wrong
 
+# Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
+TIMEOUT = timedelta(hours=2)
+
 # ---- processes ---------------------------------------------------------------------------------------------
 
 def init_distributed() -> torch.device:
@@ -27,10 +30,11 @@ def init_distributed() -> torch.device:
     if "RANK" not in os.environ:  # port 0: one that nobody uses
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
-        # Memory that can grow in place leaves no gaps too small to use. It must be asked for before CUDA
-        # starts. (vLLM 0.32 turns it off for what its sleep mode manages, and knows this name only.)
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF",
-                              os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"))
+        # Memory that can grow in place leaves no gaps too small to use. Without the second setting, pinned
+        # host memory (--offload) is rounded up to a power of two. Both must be set before CUDA starts. (vLLM
+        # 0.32 turns the first off for what its sleep mode manages, and knows this name only.)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", os.environ.get(
+            "PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1"))
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     elif torch.version.cuda and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
@@ -39,8 +43,7 @@ def init_distributed() -> torch.device:
                          "CUDA_VISIBLE_DEVICES= to use the CPU")
     else:
         device, backend = torch.device("cpu"), "gloo"
-    # Ranks wait for the slowest rollout, which may take many minutes; the default of 10 would end the run.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=TIMEOUT)
     return device
 
 
@@ -53,9 +56,17 @@ def check_ranks(**sizes):
 
 
 def from_rank_0(compute):
-    """What `compute()` returns on rank 0, on every rank: for what ranks could see differently."""
-    found = [compute() if is_main() else None]
+    """What `compute()` returns on rank 0, on every rank: for what ranks could see differently, or what is
+    better done once. An InputError is raised on every rank too."""
+    found = [None, None]
+    if is_main():
+        try:
+            found[0] = compute()
+        except InputError as error:
+            found[1] = str(error)
     dist.broadcast_object_list(found)
+    if found[1]:
+        raise InputError(found[1])
     return found[0]
 
 

@@ -87,7 +87,9 @@ class ChunkedLogProbs(torch.autograd.Function):
         """d logprob[target] / d logits = (onehot(target) - softmax) / temperature, chunk by chunk. A row of
         logits gets -grad * p everywhere, and then grad * (1 - p) at the target."""
         hidden, weight, targets, logprobs = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        # In float32: added up in bfloat16, chunk by chunk, it would be four times as far off as one rounding.
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         grad = grad / ctx.temperature
         of_target = (grad * (1 - logprobs.exp())).to(hidden.dtype)  # in bfloat16, 1 - p would round to 0
         weighted_softmax = ctx.compiled(ChunkedLogProbs.weighted_softmax)
@@ -97,8 +99,13 @@ class ChunkedLogProbs(torch.autograd.Function):
             d_logits = weighted_softmax(logits, -grad[chunk], ctx.temperature, hidden.dtype)
             d_logits.scatter_(-1, targets[chunk, None], of_target[chunk, None])
             grad_hidden[chunk] = d_logits @ weight
-            grad_weight.addmm_(d_logits.T, hidden[chunk])  # rounds to the weight's type once a chunk
-        return grad_hidden, grad_weight, None, None, None, None
+            if grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(d_logits.T, hidden[chunk])
+            elif hidden.is_cuda:  # torch 2.10 and later add to float32 within the product
+                torch.addmm(grad_weight, d_logits.T, hidden[chunk], out_dtype=torch.float32, out=grad_weight)
+            else:
+                grad_weight += d_logits.T @ hidden[chunk]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 class LogProbModel(nn.Module):

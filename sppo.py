@@ -35,7 +35,7 @@ from engines import engine_class, make_engine
 from eval import evaluate_policy, load_eval_benchmarks
 from inflight import InFlight
 from log import Clock, Log
-from machine import check_ranks, compute_dtype, init_distributed, seed_torch, skeleton
+from machine import check_ranks, compute_dtype, from_rank_0, init_distributed, seed_torch, skeleton
 from policy import Policy, check_output_layer
 from reward import Verifier
 from rollout import Sampler
@@ -93,6 +93,19 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_low=0.
     return loss, metrics
 
 
+def rollout_weights(old_logprobs, rollout_logprobs, mask, cap):
+    """min(pi_old / pi_rollout, cap) of each token: truncated importance sampling (Yao et al. 2025,
+    fengyao.notion.site/off-policy-rl).
+
+    The engine samples from pi_rollout, which has the policy's weights but other kernels and roundings, and so
+    draws some tokens more often than pi_old would, and others less often. These weights make up for it. The
+    cap bounds what a single token can weigh. All three [B, T], mask 1 on response tokens -> [B, T], without
+    gradient, 1 beyond a response's end.
+    """
+    log_ratio = ((old_logprobs - rollout_logprobs) * mask).detach()
+    return log_ratio.clamp(max=20).exp().clamp(max=cap)  # exp(89) is infinite in float32
+
+
 # ---- baselines: what is subtracted from the reward ---------------------------------------------------------
 
 @dataclass
@@ -105,11 +118,12 @@ class Run:
     held_out: list[data.Problem]  # only evaluated on
     benchmarks: dict[str, list[data.Problem]]  # of --eval-benchmarks
     verifier: Verifier  # response, gold answer -> reward
-    engine: object  # samples: vLLM, or transformers
-    sampler: Sampler  # problems -> verified Batch
-    in_flight: InFlight  # the same for --oversample
     policy: Policy  # the model that is trained
     clock: Clock  # seconds of training, by phase
+    # Made after the baseline:
+    engine: object = None  # samples: vLLM, or transformers
+    sampler: Sampler | None = None  # problems -> verified Batch
+    in_flight: InFlight | None = None  # the same for --oversample
     lock: object = None  # keeps other runs out of the output folder
 
 
@@ -173,6 +187,8 @@ class SPPO(Baseline):
         return {**before, **self.critic.update(self.prompts, batch.rewards)}
 
     def expect(self, problems):
+        if not self.critic.updates:
+            return [0.0] * len(problems)  # V = 1/2, which is known without asking: vLLM is awake
         return self.critic.logits(self.critic.encode(problems)).tolist()
 
 
@@ -222,6 +238,7 @@ def training_loop(run, baseline, log, last_step):
         # 5. The baseline learns from what happened.
         with clock("critic"):
             learned = baseline.update(batch)
+        run.in_flight.start(baseline, step + 1)  # with --oversample: what it expects of the next prompts
 
         # 6. The engine takes the new weights.
         with clock("sync"):
@@ -265,6 +282,10 @@ def policy_step(policy, batch, rows, advantages, config):
         old = logprobs.detach()  # if pi_old is pi: the ratio is 1, and only its gradient matters
         if batch.old_logprobs is not None:
             old = rows_like(logprobs, micro, batch.old_logprobs)
+        if config.rollout_correction:
+            weights = rollout_weights(old, rollout, mask, config.rollout_correction)
+            # A token's term of the loss is proportional to its advantage, so this is the same as to weigh it.
+            advantage = weights * (advantage if advantage.dim() == 2 else advantage[:, None])
         loss, metrics = clipped_policy_loss(logprobs, old, advantage, mask, clip_low=config.clip_low,
                                             clip_high=config.clip_high, dual_clip=config.dual_clip or None,
                                             num_tokens=num_tokens)
@@ -273,6 +294,8 @@ def policy_step(policy, batch, rows, advantages, config):
         # --old-logprobs rollout, this also holds how far the policy has moved since the tokens were sampled.
         trainer = logprobs.detach() if config.old_logprobs == "rollout" else old
         metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / num_tokens
+        if config.rollout_correction:
+            metrics["rollout_truncated"] = ((weights == config.rollout_correction) * mask).sum() / num_tokens
         policy.backward(loss * share, metrics)
     return {f"policy/{name}": value for name, value in policy.step().items()}
 
@@ -282,28 +305,27 @@ def train(config, make_baseline):
     """Trains `config.model`. `make_baseline(run)` builds the algorithm: `SPPO`, or another `Baseline`."""
     c = config
     c.check()
-    say(f"Loading {c.model} and its engine; training starts in a few seconds.")
+    say(f"Loading {c.model}, {c.dataset} and the engine: seconds for small models, minutes for large ones.")
     tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
     verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)  # response, gold answer -> 1 or 0
-    # Problems are chat messages and gold answers. Those held out are only evaluated on.
-    problems, held_out = data.training_problems(c, tokenizer)
-    benchmarks = load_eval_benchmarks(c, tokenizer)  # for --eval-benchmarks
     device = init_distributed()  # every rank runs this same function, on a GPU of its own
     check_ranks(tensor_parallel=c.tensor_parallel, replicas=c.replicas)
+    # Problems are chat messages and gold answers. Those held out are only evaluated on.
+    problems, held_out = from_rank_0(lambda: data.training_problems(c, tokenizer))
+    benchmarks = load_eval_benchmarks(c, tokenizer)  # for --eval-benchmarks
     c.dtype = compute_dtype(c.dtype, device)
     data.drop_unverifiable(problems, held_out, verifier, c.dataset)
     seed_torch(c.seed, c.deterministic)
-    clock = Clock(device)
-    # The engine comes before the policy: on a GPU it sizes its cache by the free memory, and then sleeps.
-    engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
-    engine.sleep()
-    sampler = Sampler(c, tokenizer, engine, verifier, clock)
     policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
     policy.check_rows(c.model, c.max_prompt_tokens + c.max_response_tokens)
     policy.check_saving(tokenizer)
-    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, engine, sampler,
-              InFlight(c, sampler, problems), policy, clock)
+    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device))
     baseline = make_baseline(run)
+    # The engine comes last: on a GPU it takes what the models leave free, as it will when they have trained.
+    run.engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
+    run.engine.sleep()
+    run.sampler = Sampler(c, tokenizer, run.engine, verifier, run.clock)
+    run.in_flight = InFlight(c, run.sampler, problems)
     last_step, log = begin(run, baseline)  # with --resume, from the newest checkpoint
     training_loop(run, baseline, log, last_step)
     finish(run, log)
@@ -373,12 +395,15 @@ class TrainConfig(CommandLine):
     dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
     loss_mean: Literal["token", "sequence"] = option("token", "each token weighs the same, or each response")
     old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: recomputed, or the engine's: free")
+    rollout_correction: float = option(
+        0.0, "weigh tokens by pi_old / pi_rollout, at most this, say 2: for the engine's rounding (0: no)")
     seed: int = option(0, "seed for data order and sampling")
 
     temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
-    vllm_memory: float = option(0.5, "vLLM's share of a GPU's memory while it samples", most=1)
+    vllm_memory: float | None = option(
+        None, "vLLM's share of a GPU's memory [auto: what the models leave free]", positive=True, most=1)
     oversample: float = option(0.0, "extra prompts in flight, as a share: train on the first to finish")
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
 
@@ -413,6 +438,11 @@ class TrainConfig(CommandLine):
         # One response may come from several policies, of which only the engine knew the log-probabilities.
         if self.oversample and self.old_logprobs != "rollout":
             raise InputError(f"--oversample {self.oversample}: also give --old-logprobs rollout")
+        if self.rollout_correction and self.old_logprobs == "rollout":
+            raise InputError("--old-logprobs rollout compares with the engine already; leave it out, or "
+                             f"--rollout-correction {self.rollout_correction}")
+        if self.rollout_correction and self.explain:
+            raise InputError("--explain does not tell what --rollout-correction changes; leave one out")
         if not (self.resume or self.explain) and checkpoint.existing(self.output):
             raise InputError(f"{self.output}: holds checkpoints of a run; give --resume or another --output")
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code

@@ -19,9 +19,11 @@ seen = dict(events=[], requests=[], batches=[], resident=[], seed=None)
 
 
 class LLM:
-    def __init__(self, model, *, seed, tensor_parallel_size, enable_sleep_mode, max_num_seqs, hf_overrides, **options):
-        assert enable_sleep_mode and tensor_parallel_size == 2
-        seen["options"] = [max_num_seqs, hf_overrides]
+    def __init__(self, model, *, seed, tensor_parallel_size, enable_sleep_mode, max_num_seqs, hf_overrides,
+                 disable_custom_all_reduce, gpu_memory_utilization, **options):
+        assert enable_sleep_mode and tensor_parallel_size == 2 and disable_custom_all_reduce
+        assert len(trained) == 2  # policy and critic are there, and vLLM takes what they leave
+        seen["options"] = [max_num_seqs, hf_overrides, gpu_memory_utilization]
         self.llm_engine = self.engine_core = self.output_processor = self
         self.request_states = {}  # nothing is paused here
         self.awake, self.waiting, seen["seed"] = {"weights", "kv_cache"}, {}, seed
@@ -45,6 +47,7 @@ class LLM:
     def reset_prefix_cache(self):
         assert not self.is_sleeping()
         seen["events"].append("reset_prefix_cache")
+        return True
 
     def add_request(self, number, prompt, params):
         assert not self.is_sleeping()
@@ -89,7 +92,8 @@ vllm = sys.modules["vllm"] = ModuleType("vllm")
 vllm.__version__, vllm.LLM, vllm.SamplingParams = "of a test", LLM, SimpleNamespace
 vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=1))
 vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)  # it is installed, then
-torch.cuda.empty_cache = lambda: seen["events"].append("empty cache")
+torch.cuda.empty_cache = lambda: None
+torch.cuda.mem_get_info = lambda: ((39 + dist.get_rank()) * 2**30, 80 * 2**30)  # bytes free, and of all
 on_gpu = engines.VLLMEngine
 on_gpu._free_transformers_classes = lambda engine: setattr(engine, "config", nullcontext())
 sppo.Policy.check_engine = lambda *_: None  # its log-probabilities are made up

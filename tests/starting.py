@@ -8,7 +8,7 @@ import torch.distributed as dist
 from critic import ValueModel
 from machine import init_distributed
 from policy import Policy
-from sharded import ShardedModel
+from sharded import ShardedModel, mesh_of_ranks
 from tools.plan import LiveBytes
 
 output, with_weights, without, replicas, offload = *sys.argv[1:4], int(sys.argv[4]), "all" if sys.argv[5] == "offload" else "none"
@@ -29,7 +29,9 @@ with LiveBytes() as memory:
 peak = loading[0]
 critic = ShardedModel(ValueModel(folder), device, **options)
 lm, backbone = policy.module.lm, critic.module.backbone
-torch.save({"peak": peak, "size": 4 * policy.size, "save_dtype": policy.save_dtype,
+groups = mesh_of_ranks("cpu", replicas).get_all_groups()
+torch.save({"waits": [group._get_backend(device).options._timeout.total_seconds() for group in groups],
+            "ranks": [dist.get_process_group_ranks(group) for group in groups], "peak": peak, "size": 4 * policy.size, "save_dtype": policy.save_dtype,
             "tied": lm.get_input_embeddings().weight is lm.get_output_embeddings().weight,
             "weights": dict(policy.weights()), "buffers": dict(lm.named_buffers()),
             "critic": {name: p.detach().full_tensor() for name, p in backbone.named_parameters()},

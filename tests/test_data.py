@@ -4,6 +4,7 @@ import json
 import pytest
 from conftest import SHARED
 
+import data
 from cli import BUILTIN_MODEL, InputError
 from data import BOXED_SUFFIX, load_problems, load_tokenizer, render, split
 
@@ -45,6 +46,19 @@ def test_the_boxed_suffix_is_added_once(tmp_path):
 def test_duplicates_are_dropped_and_ids_are_rows(tmp_path):
     rows = [{"problem": f"{i // 2}?", "answer": "2"} for i in range(6)]
     assert [p.id for p in load_problems(write(tmp_path / "x.jsonl", rows))] == [0, 2, 4]
+
+
+def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"extra": i, "prompt": [{"role": "user", "content": f"{i % 3}?"}], "reward_model": {"ground_truth": str(i % 3)}}
+            for i in range(2500)]
+    asked, parse = [], data.parse_row
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(data, "parse_row", lambda row, i, spec: asked.append(i) or parse(row, i, spec))
+    problems = load_problems("hub/repeats")
+    assert [(p.id, p.answer) for p in problems] == [(0, "0"), (1, "1"), (2, "2")] and asked == [0, 1, 2]
+    printed = capsys.readouterr().out
+    assert "Reading hub/repeats from the hub" in printed and "2,500 rows, which repeat 3 problems" in printed
 
 
 @pytest.mark.parametrize("text, message", [

@@ -121,6 +121,23 @@ def test_what_is_in_flight_is_trained_on_exactly_once_whatever_its_length(monkey
             assert first < last  # the quickest came first
 
 
+def test_nothing_is_expected_while_vllm_is_awake():
+    """The loop asks for the next step's expectations before vLLM wakes, and they are those that `sample` would ask for."""
+    lengths, asked = random.Random(1).choices([1, 2, 3, 40], k=40), []
+    plain, early = (FakeRun(lengths, oversample=2.0) for _ in range(2))
+    expect = early.baseline.expect
+    early.baseline.expect = lambda problems: asked.append(len(problems)) or expect(problems)
+    for step in range(1, 11):
+        before, early.policy = len(asked), step
+        batch = early.in_flight.sample(early.baseline, step)
+        assert step == 1 or len(asked) == before
+        early.policy = step + 1
+        early.in_flight.start(early.baseline, step + 1)
+        (other, _, _), = plain.steps(step, step)
+        assert other.responses == batch.responses and torch.equal(other.expected, batch.expected)
+    assert sum(asked) == 40 and len(asked) > 3
+
+
 def test_what_is_in_flight_survives_a_checkpoint(monkeypatch):
     monkeypatch.setattr(inflight, "MAX_AGE", 4)
     lengths = random.Random(1).choices([1, 2, 3, 40], k=40)

@@ -10,7 +10,7 @@ import policy
 from critic import auc, explained_variance
 from log import skill
 from policy import ChunkedLogProbs
-from sppo import clipped_policy_loss, sequence_advantages
+from sppo import clipped_policy_loss, rollout_weights, sequence_advantages
 
 
 def naive_objective(ratio, advantage, low, high, dual):
@@ -60,6 +60,26 @@ def test_clipped_policy_loss_and_its_gradient(seed, per_token):
             down[b][t] -= step
             slope = (naive(up)[0] - naive(down)[0]) / (2 * step)
             assert abs(new.grad[b, t].item() - slope) < 1e-6
+
+
+@pytest.mark.parametrize("cap", [0.5, 2.0, 30.0])
+def test_rollout_correction_weighs_each_token_of_the_loss(cap):
+    """Against the naive loss, each token's term times min(pi_old / pi_rollout, cap)."""
+    torch.manual_seed(0)
+    rollout, new = (-3 * torch.rand(4, 6, dtype=torch.float64) for _ in range(2))
+    old, advantages, mask = rollout + torch.randn(4, 6), torch.randn(4, dtype=torch.float64), torch.rand(4, 6) < 0.7
+    old[0, 0], mask[0, 0] = 200.0, True  # no probability, and yet no infinity
+    weights = rollout_weights(old, rollout, mask, cap)
+    old[0, 0] = new[0, 0]
+    loss, _ = clipped_policy_loss(new, old, weights * advantages[:, None], mask)
+    total = 0.0
+    for b in range(4):
+        for t in range(6):
+            if mask[b, t]:
+                weight = cap if (b, t) == (0, 0) else min(math.exp(old[b, t] - rollout[b, t]), cap)
+                total -= weight * naive_objective(math.exp(new[b, t] - old[b, t]), advantages[b].item(), 0.2, 0.2, 3.0)
+    assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-9)
+    assert (weights[~mask] == min(1, cap)).all()
 
 
 def test_losses_of_micro_batches_add_up():

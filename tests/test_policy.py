@@ -18,7 +18,7 @@ from critic import PromptCritic
 from data import load_tokenizer
 from engines import Response
 from rollout import Batch
-from sppo import TrainConfig, clipped_policy_loss, policy_step
+from sppo import TrainConfig, clipped_policy_loss, policy_step, rollout_weights
 from tools.plan import LiveBytes
 
 
@@ -171,6 +171,26 @@ def test_a_response_without_an_advantage_is_not_read_again_and_counts(device):
     assert not metrics["policy/skipped"] and not any(gradient.any() for gradient in found.values())
 
 
+def test_rollout_correction_reaches_the_gradient(device):
+    """Of a mini-batch in two micro-batches, against the weighed loss of all rows, whole."""
+    rng = random.Random(0)
+    ours = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32", max_grad_norm=1e9, micro_batch_tokens=16)
+    responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (12, 4, 3)]
+    batch, advantages, found = Batch([None] * 3, [[1, 2], [4], [6]], responses, torch.zeros(3)), torch.tensor([-1.0, 1.0, 2.0]), {}
+    batch.rollout_logprobs = ours.logprobs(batch.sequences) + 0.5 * torch.randn(batch.mask.shape)
+    ours.optimizer.step = lambda: found.update((name, p.grad.full_tensor()) for name, p in ours.module.named_parameters())
+    metrics = policy_step(ours, batch, range(3), advantages, TrainConfig(rollout_correction=1.2))
+    logprobs, _ = ours.forward(batch.sequences)
+    weights = rollout_weights(logprobs, batch.rollout_logprobs, batch.mask, 1.2)
+    loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), weights * advantages[:, None], batch.mask)
+    loss.backward()
+    whole = torch.cat([parameter.grad.full_tensor().flatten() for parameter in ours.module.parameters()])
+    assert far(torch.cat([gradient.flatten() for gradient in found.values()]), whole) < 1e-4
+    share = ((logprobs - batch.rollout_logprobs)[batch.mask].exp() > 1.2).double().mean().item()
+    assert 0 < share < 1 and metrics["policy/rollout_truncated"] == pytest.approx(share)
+    assert "policy/rollout_truncated" not in policy_step(ours, batch, range(3), advantages, TrainConfig())
+
+
 @pytest.mark.parametrize("ranks, replicas, offload, tied", [(3, 1, "offload", True), (4, 2, "", False)])
 def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied):
     """The others are given a folder without any. Three ranks have unequal shards; two replicas on four ranks: HSDP."""
@@ -189,6 +209,8 @@ def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied)
     for rank in range(ranks):
         got = torch.load(tmp_path / f"{rank}.pt")
         assert got["save_dtype"] == torch.bfloat16 and got["tied"] == tied
+        assert {*got["waits"]} == {7200}  # seconds; torch's own groups would wait for 30 minutes, on GPUs for 10
+        assert got["ranks"] == ([[rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]] if replicas == 2 else [[0, 1, 2]])
         base = model.base_model
         for ours, theirs in ((got["weights"], model.named_parameters()), (got["critic"], base.named_parameters()),
                              (got["buffers"], model.named_buffers()),  # rotary frequencies: in no file
@@ -202,10 +224,10 @@ def test_only_rank_0_reads_the_weights(tmp_path, ranks, replicas, offload, tied)
 
 
 def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, monkeypatch):
-    """On a CPU the moves are no-ops, but they are made."""
-    moves, to = [], torch.nn.Module.to
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, where: moves.append(
-        (type(module).__name__, "to host" if where == "cpu" and isinstance(where, str) else "to device")) or to(module, where))
+    """On a CPU they are made too, into memory that is made once."""
+    moves, move = [], sharded.ShardedModel._move
+    monkeypatch.setattr(sharded.ShardedModel, "_move", lambda model, where, *more: moves.append(
+        (type(model).__name__, "to host" if where == "cpu" else "to device")) or move(model, where, *more))
     prompts, rng = [[1, 2, 3], [4, 5]], random.Random(0)
     responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (7, 4)]
 
@@ -222,13 +244,16 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
                     policy_step(ours, batch, range(2), torch.tensor([-1.0, 1.0]), TrainConfig())
             critic.update(prompts, batch.rewards)
             weights = dict(ours.weights())
+            places.append([p.to_local().data_ptr() for p in ours.module.parameters()])
         return [logits, *weights.values(), *(tensor.full_tensor() for model in (ours, critic) for name, tensor in model.state_dict().items()
                                           if name.endswith(("weight", "avg", "avg_sq")))]
 
+    places = []
     without, none = train(False), moves.copy()
     with_it = train(True)
+    assert places[2] == places[3] and len({*places[3]}) == len(places[3])
     assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True)) and not none
-    a, b = "FSDPLogProbModel", "FSDPValueModel"
+    a, b = "Policy", "PromptCritic"
     assert moves == [(a, "to host"), (b, "to host")] + 2 * [
         (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host"),  # they infer
         (a, "to device"), (a, "to host"), (b, "to device"), (b, "to host")]  # they learn; and the engine gets the weights

@@ -77,12 +77,11 @@ def shared_engines(tmp_path_factory):
 
 
 def test_vllm_sleeps_while_others_train_and_wakes_for_new_weights(shared_engines):
-    awake = ["empty cache", "wake weights", "reload_weights 38", "empty cache", "wake kv_cache", "reset_prefix_cache"]
-    sleep = ["empty cache", "sleep 2"]
+    awake = ["wake weights", "reload_weights 38", "wake kv_cache", "reset_prefix_cache"]
     for seen in shared_engines[0]:
-        assert seen["events"] == ["init", *sleep, *awake, "generate", "generate", *sleep, *awake,  # first evaluates
-                                  "generate", *sleep, *awake, "generate", "shutdown"]  # after step 2, evaluates again
-        assert seen["options"] == [512, {"head_dtype": "float32"}]
+        assert seen["events"] == ["init", "sleep 2", *awake, "generate", "generate", "sleep 2", *awake,  # first evaluates
+                                  "generate", "sleep 2", *awake, "generate", "shutdown"]  # after step 2, evaluates again
+        assert seen["options"] == [512, {"head_dtype": "float32"}, 0.43]  # of 80 GiB, 39 to 42 are free: all take 35
         assert not seen["resident"]  # with --offload between, no model is on the device while vLLM samples
 
 

@@ -84,8 +84,11 @@ class MeasuredSPPO(sppo.SPPO):
         super().__init__(run)
         self.tokens = []  # of prompts and responses, in each step
         self.memory = []  # after each step
-        if run.config.response_lengths:
-            set_lengths(run.engine, run.config.response_lengths, run.config.seed)
+
+    def next_problems(self, first, count):
+        if first == 0 and self.run.config.response_lengths:  # the engine is made after the baseline
+            set_lengths(self.run.engine, self.run.config.response_lengths, self.run.config.seed)
+        return super().next_problems(first, count)
 
     def advantages(self, batch):
         self.tokens.append((sum(map(len, batch.prompts)), int(batch.lengths.sum())))

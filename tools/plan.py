@@ -8,8 +8,7 @@ shape but no memory, in a "fake" process group, whose other ranks do not exist. 
 that its tensors would hold. So the plan follows every change of the code. What vLLM takes is arithmetic.
 
 Not seen are the inside of kernels, CUDA's context, NCCL's buffers, and memory that the allocator cannot use.
-RESERVED is set aside for them. With --oversample the critic reads prompts while vLLM is awake, which no
-phase here shows.
+RESERVED is set aside for them.
 """
 import contextlib
 import dataclasses
@@ -24,8 +23,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, Qwen2Config, Qwen3Config
 
 import critic
@@ -33,13 +31,10 @@ import policy
 import ppo
 import sharded
 from cli import CommandLine, InputError, clear_errors, option, say
-from engines import Response
+from engines import GIB, RESERVED, Response
 from machine import transformers
 from rollout import Batch
 from sppo import TrainConfig, policy_step
-
-GIB = 2**30
-RESERVED = 4.0  # GiB: a guess, which has not been compared with a GPU yet
 
 
 @dataclass
@@ -53,7 +48,7 @@ class PlanConfig(CommandLine):
     micro_batch_tokens: int = option(TrainConfig.micro_batch_tokens, "as in training", positive=True)
     max_prompt_tokens: int = option(TrainConfig.max_prompt_tokens, "as in training", positive=True)
     max_response_tokens: int = option(TrainConfig.max_response_tokens, "as in training", positive=True)
-    vllm_memory: float = option(TrainConfig.vllm_memory, "as in training", positive=True)
+    vllm_memory: float | None = option(None, "as in training [auto: what the models leave]", positive=True)
     tensor_parallel: int = option(TrainConfig.tensor_parallel, "as in training", positive=True)
     replicas: int = option(TrainConfig.replicas, "as in training", positive=True)
     checkpoint_activations: bool = option(TrainConfig.checkpoint_activations, "as in training")
@@ -158,12 +153,6 @@ class Count:
     update: int  # at most, beside weights, gradients and moments
 
 
-def real_mesh(*arguments, **named):
-    """init_device_mesh, which computes with the numbers of the ranks: they must not be fake."""
-    with _disable_current_modes():
-        return init_device_mesh(*arguments, **named)
-
-
 def count(kind, shape, tokens, fake=True, **options):
     """Counts what a model of the config `shape` holds on one rank of the process group.
 
@@ -175,6 +164,8 @@ def count(kind, shape, tokens, fake=True, **options):
     response = Response([0] * (tokens - 1), [0.0] * (tokens - 1), True)
     batch = Batch([None] * rows, [[0]] * rows, [response] * rows, torch.ones(rows))
     batch.old_logprobs = batch.rollout_logprobs
+    # Made before anything is fake, and kept: it computes with the numbers of the ranks.
+    sharded.mesh_of_ranks(device.type, options.get("replicas", 1))
     options = dict(lr=1e-6, micro_batch_tokens=tokens, **options)
 
     def structure(auto, *_):
@@ -183,7 +174,6 @@ def count(kind, shape, tokens, fake=True, **options):
 
     with contextlib.ExitStack() as stack:
         for module, name, value in ((policy, "load", structure), (critic, "load", structure),
-                                    (sharded, "init_device_mesh", real_mesh),
                                     (critic, "load_tokenizer", lambda *_: None)):
             stack.enter_context(patch.object(module, name, value))
         if fake:
@@ -275,19 +265,21 @@ def report(c):
     def parameters(model):
         return model.weights / 4 * c.gpus / c.replicas
 
-    shape, engine = shapes["policy"], c.vllm_memory * c.gpu_memory * GIB
+    shape, whole, capacity = shapes["policy"], c.gpu_memory * GIB, c.gpu_memory * GIB - RESERVED
     weights = 2 * parameters(of_policy) / c.tensor_parallel
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     per_token = 4 * shape.num_hidden_layers * shape.num_key_value_heads * head  # bfloat16, a key and a value
-    cache = max(0, int((engine - weights) * c.tensor_parallel / per_token))
     theirs = f"critic {critic_model}, {parameters(of_critic) / 1e9:.2f}B" if of_critic else "no critic"
     say(f"{c.algorithm}: policy {c.model}, {parameters(of_policy) / 1e9:.2f}B parameters; {theirs}; "
-        f"{c.gpus} GPUs of {c.gpu_memory:g} GiB, {RESERVED:g} of them set aside.\n"
-        f"GiB a GPU, with micro-batches of {tokens:,} tokens; vLLM has {engine / GIB:.1f}: weights "
-        f"{weights / GIB:.1f}, and a cache of at most {cache:,} tokens. "
-        "Layers: activations, and what FSDP has gathered.\n")
-    capacity, whole, rows = (c.gpu_memory - RESERVED) * GIB, c.gpu_memory * GIB, []
+        f"{c.gpus} GPUs of {c.gpu_memory:g} GiB, {RESERVED / GIB:g} of them set aside.\n"
+        f"GiB a GPU, with micro-batches of {tokens:,} tokens; vLLM's weights are {weights / GIB:.1f}, and "
+        "the rest is its cache. Layers: activations, and what FSDP has gathered.\n")
+    rows = []
     for setting in SETTINGS:
+        beside = sum(phases(of_policy, of_critic, setting, 0)["rollout"].values())
+        share = max(0, int(100 * (capacity - beside) / whole) / 100)
+        engine = (share if c.vllm_memory is None else c.vllm_memory) * whole
+        cache = max(0, int((engine - weights) * c.tensor_parallel / per_token))
         plans = {n: phases(*two[:2], setting, engine) for n, two in counts.items()}
         totals = {name: sum(held.values()) for name, held in plans[tokens].items()}
         say(f"{'--offload ' + setting:<18}" + "".join(f"{column:>13}" for column in (*COLUMNS, "total")))
@@ -295,11 +287,11 @@ def report(c):
             say(f"  {name:<16}" + "".join(f"{b / GIB:>13.1f}" for b in (*held.values(), totals[name])))
         budget = largest_budget(plans, capacity)
         fits = f"{budget:,}" if budget >= row else "none holds the longest row"
-        share = max(0, int(100 * (capacity - totals["rollout"] + engine) / whole) / 100)
         most = max(totals.values())
-        rows.append(f"| {setting} | {most / GIB:.1f} | {100 * most / whole:.0f} % | {fits} | {share:.2f} |")
-    say("\n| --offload | peak, GiB | of the GPU | largest micro-batch, tokens | largest --vllm-memory |\n"
-        "| --- | --- | --- | --- | --- |\n" + "\n".join(rows))
+        rows.append(f"| {setting} | {most / GIB:.1f} | {100 * most / whole:.0f} % | {fits} | {share:.2f} | "
+                    f"{cache:,} |")
+    say("\n| --offload | peak, GiB | of the GPU | largest micro-batch, tokens | largest --vllm-memory (auto) "
+        "| vLLM's cache, tokens |\n| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows))
     # Each model comes and goes twice: to compute without gradient, and with Adam's moments to learn. The
     # policy's weights also go to vLLM.
     moved = of_policy.weights + sum(8 * model.weights for model in (of_policy, of_critic) if model)

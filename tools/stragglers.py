@@ -13,7 +13,6 @@ policy hardly learns from long answers. sppo.py's --oversample lets them finish,
 from pathlib import Path
 
 import numpy as np
-
 from tools.race_figures import pyplot, save
 
 DRAWS = 4000
