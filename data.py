@@ -62,7 +62,7 @@ def load_problems(spec, prompt_field=None, answer_field=None):
     if name == "chain" and (not argument or argument.isdigit()):
         rows = [*islice(file_rows(Path(BUILTIN_MODEL, "chain.jsonl")), int(argument or 8192))]
         if len(rows) < int(argument or 0):
-            raise InputError(f"{spec}: the built-in task has {len(rows)} rows; give chain:{len(rows)} or less")
+            raise InputError(f"{spec}: the built-in task has {len(rows)} rows; ask for no more")
         prompt_field = answer_field = None
     elif spec.endswith(ENDINGS) or spec.startswith(("/", ".", "~")) or Path(spec).exists() or "/" not in spec:
         rows = file_rows(Path(spec).expanduser())
@@ -116,7 +116,7 @@ def json_list(path, text):
     try:
         rows = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); name it .jsonl if it has an object a line") from None
+        raise InputError(f"{path}: is not JSON ({error}); an object a line is .jsonl") from None
     if not isinstance(rows, list):
         raise InputError(f"{path}: is a {type(rows).__name__}, not a list of rows")
     return rows

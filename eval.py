@@ -223,8 +223,8 @@ class EvalConfig(CommandLine):
     model: str = option(BUILTIN_MODEL, "hub name, folder or run [built-in]", group="what to evaluate")
     benchmarks: tuple[str, ...] = option(
         ("aime24", "aime25", "amc23", "math500", "minerva"),
-        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes; for the model "
-        "of a run also the problems that it held out, which are the default")
+        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes "
+        "[a run's model: what the run held out]")
     prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
     answer_field: str | None = option(None, "the answer's [answer, solution or ground_truth]")
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
@@ -242,14 +242,15 @@ class EvalConfig(CommandLine):
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
     # As in sppo.py: what the model of a run does not bring along.
-    OWN = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory", "trust_remote_code")
+    OWN = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
+           "trust_remote_code")
     # The built-in model makes mistakes only at the temperature that it is trained at.
     BUILTIN = dict(
         benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=112, dtype="float32")
 
     @staticmethod
     def options_of(run):
-        """Also the benchmark of a run's model: what the run held out. The built-in task has one of its own."""
+        """Also the benchmark: what the run held out. For the built-in task there is another."""
         options = CommandLine.options_of(run)
         if not str(options.get("dataset")).startswith("chain") and (run / "held_out.jsonl").is_file():
             options["benchmarks"] = (str(run / "held_out.jsonl"),)
@@ -280,7 +281,8 @@ def run_evaluation(c):
     settings = {"model": c.model, "weights": fingerprint(c.model, c.trust_remote_code)}
     for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
-    records = RolloutFile(c.output or f"runs/eval/{(run_of(c.model) or Path(c.model)).name}.jsonl", settings)
+    name = (run_of(c.model) or Path(c.model)).name
+    records = RolloutFile(c.output or f"runs/eval/{name}.jsonl", settings)
     for key, p in jobs.items():
         old = records.done.get(key)
         if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):

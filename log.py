@@ -237,7 +237,7 @@ class Log:
         try:
             from curves import draw  # here, for matplotlib takes a second, which a run need not wait for
             say(f"Curves: {draw([c.output])}")
-        except (ImportError, OSError) as error:
+        except Exception as error:  # no matplotlib, a full disk, ...: the model is trained all the same
             say(f"warning: the curves could not be drawn ({error}); try python -m tools.curves {c.output}")
 
     def _send(self, step, line, samples):

@@ -431,9 +431,9 @@ class TrainConfig(CommandLine):
 
     # A model that a run has trained brings that run's options along as defaults. But not these, which belong
     # to one run or one machine, or let code run.
-    OWN = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory", "micro_batch_tokens",
-           "replicas", "offload", "resume", "samples", "tensorboard", "wandb", "deterministic", "explain",
-           "trust_remote_code")
+    OWN = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
+           "micro_batch_tokens", "replicas", "offload", "resume", "samples", "tensorboard", "wandb",
+           "deterministic", "explain", "trust_remote_code")
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
         steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,

@@ -39,6 +39,7 @@ from rollout import Batch
 from sppo import TrainConfig, policy_step
 
 GIB = 2**30
+DEFAULTS = TrainConfig.defaults()
 RESERVED = 4.0  # GiB: a guess, which has not been compared with a GPU yet
 
 
@@ -50,13 +51,13 @@ class PlanConfig(CommandLine):
         "sppo", "a critic that reads prompts; one that reads whole responses; or none (also spo)")
     gpus: int = option(4, "ranks, over which all weights are sharded", positive=True)
     gpu_memory: float = option(79.0, "GiB of a GPU; one of 80 GB has 79", positive=True)
-    micro_batch_tokens: int = option(TrainConfig.micro_batch_tokens, "as in training", positive=True)
-    max_prompt_tokens: int = option(TrainConfig.max_prompt_tokens, "as in training", positive=True)
-    max_response_tokens: int = option(TrainConfig.max_response_tokens, "as in training", positive=True)
-    vllm_memory: float = option(TrainConfig.vllm_memory, "as in training", positive=True)
-    tensor_parallel: int = option(TrainConfig.tensor_parallel, "as in training", positive=True)
-    replicas: int = option(TrainConfig.replicas, "as in training", positive=True)
-    checkpoint_activations: bool = option(TrainConfig.checkpoint_activations, "as in training")
+    micro_batch_tokens: int = option(DEFAULTS["micro_batch_tokens"], "as in training", positive=True)
+    max_prompt_tokens: int = option(DEFAULTS["max_prompt_tokens"], "as in training", positive=True)
+    max_response_tokens: int = option(DEFAULTS["max_response_tokens"], "as in training", positive=True)
+    vllm_memory: float = option(DEFAULTS["vllm_memory"], "as in training", positive=True)
+    tensor_parallel: int = option(DEFAULTS["tensor_parallel"], "as in training", positive=True)
+    replicas: int = option(DEFAULTS["replicas"], "as in training", positive=True)
+    checkpoint_activations: bool = option(DEFAULTS["checkpoint_activations"], "as in training")
     trust_remote_code: bool = option(False, "as in training")
 
     def check(self):
@@ -307,18 +308,8 @@ def report(c):
 
 
 def main(arguments=None):
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    flags = {f"--{no}{field.name.replace('_', '-')}" for field in dataclasses.fields(PlanConfig)
-             if field.type is bool for no in ("", "no-")}
-    before = ""
-    for i, word in enumerate(arguments):
-        # The model may stand anywhere, without its option's name: a word that is no option's value.
-        if not word.startswith("-") and (not before.startswith("-") or before in flags or "=" in before):
-            arguments.insert(i, "--model")
-            break
-        before = word
     with clear_errors():
-        report(PlanConfig.parse(__doc__, arguments))
+        report(PlanConfig.parse(__doc__, arguments, positional="model"))
 
 
 if __name__ == "__main__":
