@@ -74,24 +74,26 @@ class CommandLine:
     OWN, BUILTIN = (), {}
 
     def __post_init__(self):
-        defaults, brought = self.defaults(), {}
-        model = getattr(self, "model", None) or defaults.get("model")
+        own, options = self.defaults(), {}
+        defaults = dict(own)
+        model = getattr(self, "model", None) or own.get("model")
         if model and (run := run_of(model)):
             if not (run / "model" / "config.json").is_file():
                 raise InputError(f"{model}: is a run that has not ended, so it has no model yet; continue it "
                                  "with --resume")
             model = self.model = str(run / "model")
-            brought = self.options_of(run)
-        task = str(brought.get("dataset", "")).partition(":")[0]
+            options = self.options_of(run)
+        task = str(options.get("dataset", "")).partition(":")[0]
         if model and (Path(model).resolve().is_relative_to(BUILTIN_MODEL) or task == "chain"):
             defaults |= self.BUILTIN
-        fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) is None]
-        brought = {f.name: brought[f.name] for f in fields if f.name not in self.OWN
-                   and brought.get(f.name) not in (None, defaults[f.name])}
+        missing = [name for name in own if getattr(self, name) is None]
+        brought = {name: options[name] for name in missing
+                   if name not in self.OWN and options.get(name) is not None}
+        for name in missing:
+            setattr(self, name, {**defaults, **brought}[name])
         # What `check` tells. Not a field: config.json has the values, whoever brought them.
-        self.brought = ", ".join(f"--{name.replace('_', '-')} {shown(v)}" for name, v in brought.items())
-        for field in fields:
-            setattr(self, field.name, {**defaults, **brought}[field.name])
+        self.brought = ", ".join(f"--{name.replace('_', '-')} {shown(value)}"
+                                 for name, value in brought.items() if value != own[name])
 
     @classmethod
     def defaults(cls):
@@ -117,7 +119,7 @@ class CommandLine:
         width = shutil.get_terminal_size().columns - 2
         layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=30)
         parser = argparse.ArgumentParser(
-            description=fitted(description, width), formatter_class=layout, allow_abbrev=False,
+            description=fitted(description or "", width), formatter_class=layout, allow_abbrev=False,
             usage="%(prog)s [OPTIONS]", argument_default=argparse.SUPPRESS)  # only what was typed
         groups, heading = {}, "options"
         for field in dataclasses.fields(cls):

@@ -64,6 +64,8 @@ def test_five_steps_a_kill_and_five_more_equal_ten(tmp_path, command):
     assert done.returncode == 0, done.stderr
     assert "Resuming after step 5\n" in done.stdout
     assert but_for_times(tmp_path / "b") == but_for_times(tmp_path / "a")
+    a, b = ((tmp_path / name / "samples.jsonl").read_text() for name in "ab")
+    assert a == b and a.count("\n") == 10 * 8
     seconds = [m["seconds"] for m in metrics(tmp_path / "b")]
     assert seconds == sorted(seconds)  # the clock went on, too
 
