@@ -57,7 +57,7 @@ def draw(runs, file=None):
     from matplotlib.figure import Figure  # not pyplot, which would open windows and take longer to import
     data = {str(run): read(run) for run in runs}
     file = Path(file or (Path(runs[0], "curves.png") if len(runs) == 1 else "curves.png"))
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 6.5))
     for axes, (title, metrics) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         axes.set_title(title, fontsize=10)
         for number, (run, steps) in enumerate(data.items()):
@@ -86,6 +86,7 @@ def draw(runs, file=None):
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.2)
     figure.suptitle(", ".join(data), fontsize=11)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.07, top=0.9, wspace=0.15, hspace=0.3)
     figure.savefig(file, dpi=110)
     return file
 
