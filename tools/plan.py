@@ -12,10 +12,8 @@ RESERVED is set aside for them. With --oversample the critic reads prompts while
 phase here shows.
 """
 import contextlib
-import dataclasses
 import functools
 import os
-import sys
 import weakref
 from dataclasses import dataclass
 from typing import Literal
