@@ -22,8 +22,8 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
-from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
-from data import check_model, load_problems, load_tokenizer, render
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, run_of, say
+from data import ENDINGS, check_model, load_problems, load_tokenizer, render
 from engines import make_engine
 from log import progress
 from machine import check_ranks, compute_dtype, init_distributed
@@ -101,19 +101,22 @@ def benchmark_metrics(name, batch, samples):
 
 # ---- benchmarks and responses ------------------------------------------------------------------------------
 
-def load_benchmark(name):
-    """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads."""
+def load_benchmark(name, c):
+    """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads. c: the
+    options, of which --prompt-field and --answer-field count for what is no benchmark with a name."""
     if name == "chain":  # problems that no training run on `chain` has seen
         return [p for p in load_problems("chain:8800") if p.id >= 8192][:256]
     if name not in BENCHMARKS and not set(name) & set("/.:"):
         raise InputError(f"{name}: no such benchmark; give one of {', '.join([*BENCHMARKS, 'chain'])}, "
                          "a file, or HUB/NAME")
-    return load_problems(BENCHMARKS.get(name, name))
+    if name in BENCHMARKS:
+        return load_problems(BENCHMARKS[name])
+    return load_problems(name, c.prompt_field, c.answer_field)
 
 
 def label(name):
     """A benchmark's name in tables and metrics: a file's name without its folder and ending."""
-    return Path(name).stem if name.endswith((".jsonl", ".parquet")) else name
+    return Path(name.removesuffix(".gz")).stem if name.endswith(ENDINGS) else name
 
 
 def record(benchmark, problem, sample, response, text, reward, mode):
@@ -191,7 +194,7 @@ def read_rollouts(path):
 
 def load_eval_benchmarks(c, tokenizer):
     """{name: problems} of a training script's --eval-benchmarks."""
-    benchmarks = {name: load_benchmark(name) for name in c.eval_benchmarks} if c.eval_every else {}
+    benchmarks = {name: load_benchmark(name, c) for name in c.eval_benchmarks} if c.eval_every else {}
     for name, problems in benchmarks.items():
         longest = max(len(render(p.messages, tokenizer)) for p in problems)
         if longest > c.max_prompt_tokens:
@@ -220,7 +223,10 @@ class EvalConfig(CommandLine):
     model: str = option(BUILTIN_MODEL, "hub name, folder or run [built-in]", group="what to evaluate")
     benchmarks: tuple[str, ...] = option(
         ("aime24", "aime25", "amc23", "math500", "minerva"),
-        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes")
+        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes "
+        "[a run's model: what the run held out]")
+    prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
+    answer_field: str | None = option(None, "the answer's [answer, solution or ground_truth]")
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
@@ -235,9 +241,20 @@ class EvalConfig(CommandLine):
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
+    # As in sppo.py: what the model of a run does not bring along.
+    OWN = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
+           "trust_remote_code")
     # The built-in model makes mistakes only at the temperature that it is trained at.
     BUILTIN = dict(
-        benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=64, dtype="float32")
+        benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=112, dtype="float32")
+
+    @staticmethod
+    def options_of(run):
+        """Also the benchmark: what the run held out. For the built-in task there is another."""
+        options = CommandLine.options_of(run)
+        if not str(options.get("dataset")).startswith("chain") and (run / "held_out.jsonl").is_file():
+            options["benchmarks"] = (str(run / "held_out.jsonl"),)
+        return options
 
     def check(self):
         super().check()
@@ -250,23 +267,22 @@ class EvalConfig(CommandLine):
 def run_evaluation(c):
     """Samples what is not in the output file yet, verifies it, and prints the table."""
     c.check()
-    trained = Path(c.model) / "model"
-    model = str(trained) if (trained / "config.json").is_file() else c.model
-    tokenizer = load_tokenizer(model, c.trust_remote_code)
-    problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name)]
+    tokenizer = load_tokenizer(c.model, c.trust_remote_code)
+    problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name, c)]
     prompts = {(name, p.id): render(p.messages, tokenizer) for name, p in problems}
     # The responses to sample, by the key under which RolloutFile knows them.
     jobs = {(name, p.id, sample): p for name, p in problems for sample in range(c.samples)}
     max_tokens = max(map(len, prompts.values())) + c.max_response_tokens
-    check_model(model, max_tokens, c.trust_remote_code, "--max-response-tokens")
+    check_model(c.model, max_tokens, c.trust_remote_code, "--max-response-tokens")
 
     device = init_distributed()
     c.dtype = compute_dtype(c.dtype, device)
     check_ranks(tensor_parallel=c.tensor_parallel)
-    settings = {"model": c.model, "weights": fingerprint(model, c.trust_remote_code)}
+    settings = {"model": c.model, "weights": fingerprint(c.model, c.trust_remote_code)}
     for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
-    records = RolloutFile(c.output or f"runs/eval/{Path(c.model).name}.jsonl", settings)
+    name = (run_of(c.model) or Path(c.model)).name
+    records = RolloutFile(c.output or f"runs/eval/{name}.jsonl", settings)
     for key, p in jobs.items():
         old = records.done.get(key)
         if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):
@@ -276,7 +292,7 @@ def run_evaluation(c):
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
     verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)
-    engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
+    engine = make_engine(c, c.model, tokenizer, device, max_tokens) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()

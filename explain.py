@@ -74,7 +74,7 @@ class Ratios:
 
 class Watch(Ratios):
     """Stands in for the log of a run, which it cuts to one step."""
-    step = 0  # of a log that has not reached its last step, no model is saved
+    step, line = 0, {}  # of a log that has not reached its last step, no model is saved
 
     def __init__(self, run, baseline, policy_loss):
         if dist.get_world_size() > 1:
@@ -85,6 +85,9 @@ class Watch(Ratios):
         run.held_out, run.benchmarks = [], {}  # nothing is evaluated
 
     def add(self, *metrics):
+        pass
+
+    def sampled(self, *batch):
         pass
 
     def write(self, step, seconds):
@@ -160,7 +163,7 @@ def about(baseline, batch, row, advantage):
     kind, reward, n = type(baseline).__name__, int(batch.rewards[row]), len(batch.responses[row].ids)
     each, nothing = ", the same for all its tokens", "this baseline learns nothing"
     if kind == "SPPO":
-        before = baseline.logits[row].sigmoid()
+        before = baseline.values[row]
         now = baseline.critic.logits([baseline.prompts[row]])[0].sigmoid()
         return (f"V(prompt) = {before:.3f}: so far, the critic knows only the step's mean reward",
                 f"A = R - V = {reward} - {before:.3f} = {advantage:+.3f}{each}",
@@ -191,4 +194,10 @@ def about(baseline, batch, row, advantage):
                  f"A = (R - mean) / std = ({reward} - {mean:.3f}) / {group.float().std():.3f}"
                  if baseline.run.config.normalize else f"A = R - mean = {reward} - {mean:.3f}")
                 + f" = {advantage:+.3f}{each}", nothing)
-    return f"that of {kind}", f"A = {advantage.mean():+.3f}, the mean over its tokens", f"see {kind}.update"
+    told = "this baseline keeps no `values`"
+    if baseline.values is not None:
+        told = ("V = {:.3f}" if baseline.values.dim() == 1 else "V of the first token = {:.3f}").format(
+            baseline.values[row].flatten()[0])
+    told_advantage = (f"A = {advantage:+.3f}{each}" if advantage.dim() == 0 else
+                      f"A = {advantage[:n].mean():+.3f}, the mean over its tokens")
+    return told, told_advantage, f"see {kind}.update"
