@@ -1,8 +1,8 @@
 """Verification: is a response's final answer mathematically equal to the gold answer? 1 or 0.
 
-The last `\\boxed{}` after any `</think>` is the answer. `clean` brings it into one notation, math-verify's parser
-turns it into sympy, and math-verify's grader compares sets, intervals and equations; two formulas are equal if
-they have the same values. What cannot be read as a whole is compared as text: no part of it is ever paid.
+The last `\\boxed{}` after any `</think>` is the answer. `clean` brings it into one notation, math-verify's
+parser turns it into sympy, and its grader compares sets, intervals and equations; two formulas are equal if
+they have the same values. What cannot be read as a whole is compared as text: no part of it is paid.
 
 A policy will sooner or later write `\\boxed{9^{9^{9^9}}}`, on which sympy never returns. So `Verifier` runs
 every comparison in a process that a timer ends. A reward of your own runs there too.
@@ -15,12 +15,10 @@ This file needs nothing of the others: copy it, or paste all of it into a script
 """
 import contextlib
 import importlib.util
-import inspect
 import json
 import logging
 import os
 import queue
-import random
 import re
 import signal
 import subprocess
@@ -28,18 +26,16 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 from unicodedata import normalize
 
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # data of a worker: an answer must not eat the machine
 PATIENCE = 10  # wall-clock limit: this many times the limit of processor time
-IMPORT_SECONDS = 300  # until a file with a reward must be imported, on the clock
+IMPORT_SECONDS = 300  # until a worker must have imported everything, on the clock
 DIGITS = 1000  # to which numbers are compared: 1 - 2^{-2019} is not 1 - 2^{-2020}
-PLACEHOLDERS = {"proof", "notfound"}  # NuminaMath's gold answers where a solution has none: no answer is right
+PLACEHOLDERS = ("proof", "notfound")  # NuminaMath's gold answers where a solution has none: no answer earns
 WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
-WARM_UP = [r"x^{2}+3", "1.5", r"\sqrt{2}+a_{1}", r"\{1,2\}", "(1,2)", "x=1", "1<x<2", r"\sin(x)", "yes", r"2\pi", "x>1",
-           r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"(-\infty,1)\cup(2,3)", "y=2x+1", "f(x)=|x|", r"\ln 2", "3!"]
+WARM_UP = (r"x^{2}+3", "1.5", r"\sqrt{2}", r"\{1,2\}", "(1,2)", "x=1", "1<x<2", r"2\sin(x)", "y=2x+1", "f(x)")
 START = ("import importlib, sys; sys.path.insert(0, sys.argv[1]); "
          "importlib.import_module(sys.argv[2])._work(float(sys.argv[3]), sys.argv[4])")
 
@@ -72,7 +68,7 @@ def _boxes(text):
 
 
 def _joined(between):
-    """Whether two boxes with this text between them are one answer, a list: there are no more than a few letters
+    """Whether two boxes with this text between them are one answer, a list: it has no more than a few letters
     besides "and" and LaTeX, or it is short and has an "or"."""
     words = re.sub(r"\\(?:text|mbox|mathrm|textbf)\b|\\[a-zA-Z]+|<\w+>", " ", between).lower()
     letters = re.sub(r"\b(?:and|or)\b|[\W\d_]", "", words)
@@ -94,34 +90,30 @@ def last_boxed(text):
 
 def extract_answer(response, mode="boxed"):
     """The final answer of a response, or None. `mode="any"` takes the last number where there is no box.
-    What stands between `<think>` and `</think>` is no answer, nor is anything after a `<think>` without end.
-    (A prompt may have opened the first one.)"""
-    thinking, start = False, 0
-    for tag in re.finditer("<(/?)think>", response):
-        if not tag[1]:
-            thinking = True
-        elif thinking or not start:
-            thinking, start = False, tag.end()
-    conclusion = "" if thinking else response[start:]
+    Thinking is no answer, nor is anything after a `<think>` without end. (A prompt may open one.)"""
+    thinking = r"(?s)<think>.*?(?:</think>|$)" if "<think>" in response else "^(?s:.*?)</think>"
+    conclusion = re.split(thinking, response)[-1]
     answer = last_boxed(conclusion)
     if answer is None and mode == "any":
         return next(reversed(_NUMBER.findall(conclusion)), None)
     return answer
 
 
-# ---- one notation ------------------------------------------------------------------------------------------
+# ---- one notation for what can be written in many ways -----------------------------------------------------
 
-_COMMANDS = {name: form for form, names in [  # what LaTeX's commands become: one for each meaning
-    ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large huge bf rm it limits mathbf "
-         "boldsymbol bm underline boxed fbox mathit mathcal !"), (" ", "( ) [ ] , ; : > quad qquad newline par"),
+_COMMANDS = {name: form for form, names in [  # what a command becomes
+    ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large huge bf rm it limits "
+         "mathbf boldsymbol bm underline boxed fbox mathit mathcal !"), (" ", "( ) [ ] , ; : > quad qquad newline"),
     (r"\text", "mbox hbox mathrm mathsf textbf textit textrm textsf texttt textnormal emph operatorname"),
     (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc dotsb"), (r"\{", "lbrace"),
     (r"\}", "rbrace"), ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (" or ", "lor vee"),
-    (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("<", "lt"), (">", "gt"), ("/", "div"), (r"\mathbb{R}", "R"),
-    (r"\emptyset ", "varnothing"), (r"^\circ ", "degree deg"), ("h_{bar}", "hbar")] for name in names.split()}
-_SIGNS = str.maketrans({sign: f" {form} " for sign, form in zip("×·⋅÷≤≥≠≈∞∪∩π√∅∈±…°−–—、，", (
-    r"\times \cdot \cdot / \le \ge \ne \approx \infty \cup \cap \pi \sqrt \emptyset \in \pm \ldots ^\circ - - - , ,"
-).split(), strict=True)})
+    (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("<", "lt"), (">", "gt"),
+    (r"\emptyset ", "varnothing"), (r"^\circ ", "degree deg"), (r"\mathbb{R}", "R"), ("h_{bar}", "hbar"),
+    ("/", "div")] for name in names.split()}
+_SIGNS = str.maketrans({
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "π": r"\pi ", "√": r"\sqrt ", "∅": r"\emptyset ",
+    "∈": r"\in ", "±": r"\pm ", "…": r"\ldots ", "°": r"^\circ ", "−": "-", "–": "-", "—": "-", "、": ","})
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
 _UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
          r"(?!sqrt|frac)[a-zA-Z]{4,})")  # single letters are variables; other short words are products
@@ -131,32 +123,45 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
     (r"\\\\(?=[a-zA-Z])(?!.*matrix)", r"\\"),  # \\frac, escaped twice
     (r"(?<!\\)\\([a-zA-Z]+|[!()\[\],;:>])", lambda m: _COMMANDS.get(m[1], m[0])), (r"(?<!\\)\\ |~", " "),
-    (r"\.{3}", r"\\ldots "), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*\*", "^"),
-    (r"\*", r"\\cdot "), (r"\binf(?:inity)?\b", r"\\infty "), (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
-    (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"),
+    (r"\.{3}", r"\\ldots "), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*+", r"\\cdot "),
+    (r"\binf(?:inity)?\b", r"\\infty "), (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
+    (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"), (r"\\text\s*\{([a-df-z]|arc\w+)\}", r" \1 "),
     (r"(\d)\s*(?:\\text\{\s*e\s*\}|[eE])\s*([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),  # 4.5e33
-    (r"\\text\s*\{([a-z]|arc\w+)\}", r" \1 "),
+    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?million\b\s*\}?", r"\\cdot 10^{6}"), (r"\\text\s*\{e\}", " e "),
     (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",  # 0.1\overline{6}
-     lambda m: (lambda start, period: rf"\frac{{{int(start + period) - int(start)}}}{{{'9' * len(period)}{'0' * len(m[2])}}}")(
-         "0" + m[1] + m[2], m[3] or m[4])),
-    (r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+     lambda m: _repeating("0" + m[1], m[2], m[3] or m[4])),
+    (r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (rf"\\sqrt\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\sqrt\1{\2}"),
     (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-z])", r"\\\1 "),
-    (rf"\\sqrt\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\sqrt\1{\2}"), (rf"\\frac\s*{_TOKEN}", r"\\frac{\1}"),
+    (rf"\\frac\s*{_TOKEN}", r"\\frac{\1}"),
     (rf"(\\frac\s*\{{(?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*\}})\s*{_TOKEN}", r"\1{\2}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1}{\2}"),
-    (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w)", r"\1{\2}"), (r"(?<![a-zA-Z\\])E_\{", "A_{E"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1}{\2}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w)", r"\1{\2}"), (r"(?<![a-zA-Z\\])E_\{", "A_{E"),  # else E is 2.718
     (r"(?<![\d}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
-    (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "), (r"(?i:(?<![a-z\\])(?:and|or)(?![a-z]))|[;或和]", ","),
+    (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "),
+    (r"(?i:(?<![a-z\\])(?:and|or)(?![a-z]))|[;或和]", ","),
     (r"^(?:\\text\s*\{)?[A-Za-z]{2}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
-    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?([mb])illion\b\s*\}?", lambda m: r"\cdot 10^{%d}" % (6 if m[1] == "m" else 9)),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*[\d.]+)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
-    # An end that a number may have: degrees, th, a unit.
-    (rf"(?<=[\d}})])\s*(?:\^\s*\\circ\s*(?:\\text\s*\{{?\s*[CFK]\s*\}}?|[CFK])?|\^\{{\s*\\text\s*\{{?\s*(?:st|nd|rd|th)\s*\}}?\s*\}}|"
-     rf"(?:\\text\s*\{{(?!\s*[ei]\s*\}})[^{{}}\d]*\}}|(?<![a-zA-Z]){_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", ""),
+    (r"(?<=[\d})])\s*(?:\^\s*\\circ\s*(?:\\text\s*\{?\s*[CFK]\s*\}?|[CFK])?|"  # 30 degrees, 12th, 5 cm^2
+     r"\^\{\s*\\text\s*\{?\s*(?:st|nd|rd|th)\s*\}?\s*\}|(?:\\text\s*\{(?!\s*i\s*\})[^{}\d]*\}|"
+     rf"(?<![a-zA-Z]){_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", ""),
+    (r"^([^=]*=)?([^=]*?)\\pm([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
+    (r"_\{\s*\\text\s*\{(\w+)\}\s*\}", r"_{\1}"),
+    (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),  # {x | x > 1}
+    (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
+    # 12.50 as a fraction, since a formula's floating-point numbers would be rounded.
+    (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
+    (r"(?<![\d}_^{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),  # 1\frac{1}{2}
 ]]
 
 
+def _repeating(whole, start, period):
+    """0.1666... as a fraction: whole = 0, start = 1, period = 6."""
+    less = int(whole + start)
+    return rf"\frac{{{int(whole + start + period) - less}}}{{{'9' * len(period) + '0' * len(start)}}}"
+
+
+@lru_cache(1000)
 def clean(text):
     """The text of an answer in one of the many notations in which it can be written."""
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: f" {normalize('NFKC', m[0])} ".replace("⁄", "/"), text)
@@ -165,7 +170,7 @@ def clean(text):
     for pattern, form in _FORMS:
         text = pattern.sub(form, text)
     if not re.search(r"[(\[]|\\\{", text):  # 1,250 but (1,250)
-        text = re.sub(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])", lambda m: m[0].replace(",", ""), text)
+        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
     return text.strip(" ,").rstrip(".").strip()
 
 
@@ -174,14 +179,8 @@ def plain(text):
     return re.sub(r"\\text\s*|[\s{}\"'“”]|\\(?=[{}])|[.:,;]+$", "", clean(text)).casefold()
 
 
-def is_words(text):
-    """Whether a gold answer is words or a capital letter: without a digit, an operator or LaTeX."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", clean(text)).strip()
-    return re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[\s.,'’-])*[^\W\d_]|[A-Z]", text) is not None
-
-
 def choice(text):
-    """(letter, the rest) of an answer to a multiple-choice question, such as `(C) 5` or `Option C`, or None."""
+    """The letter and the rest of a multiple-choice answer, such as `(C) 5` or `Option C`, or None."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", clean(text)).strip()
     found = re.fullmatch(r"(?:(?i:option|choice)\s*)?(?:\(\s*([A-Z])\s*\)[.:]?|([A-Z])\s*(?:[.):]|$))\s*"
                          r"(?![,/&+])(.*)", text, re.DOTALL)
@@ -191,72 +190,62 @@ def choice(text):
 # ---- is it equal to the gold answer? -----------------------------------------------------------------------
 
 # What may stand in an answer: if there is anything else, it is not read, since the parser would misread it.
-_KNOWN = set(r"""\frac \sqrt \cdot \times \pi \infty \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh
-    \tanh \log \ln \exp \binom \choose \begin \end \lfloor \rfloor \lceil \rceil \max \min \gcd \sum \prod \int \lim \to
-    \overline \bar \vec \hat \overrightarrow \angle \triangle \det \alpha \beta \gamma \delta \epsilon \varepsilon \zeta
-    \eta \theta \vartheta \kappa \lambda \mu \nu \xi \rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta
-    \Lambda \Xi \Sigma \Phi \Psi \Omega \ell \{ \} \\ \| \le \ge \ne \in \cup \emptyset \mathbb \setminus""".split())
+_KNOWN = re.compile(
+    r"\\(?:frac|sqrt|cdot|times|pi|infty|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|binom|choose|begin|end|"
+    r"[lr]floor|[lr]ceil|max|min|gcd|sum|prod|int|lim|to|overline|bar|vec|hat|overrightarrow|angle|triangle|det|le|"
+    r"ge|ne|in|cup|emptyset|mathbb|setminus|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|[tT]heta|kappa|"
+    r"[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell)(?![a-zA-Z])|\\[{}\\|]")
 _UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
+_WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")  # no digit, no operator, no LaTeX
 
 
 @lru_cache
-def _library():
-    """math-verify's parser, and a copy of its grader that compares formulas by their values."""
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy  # takes 2 s: only in workers
-    spec = importlib.util.find_spec("math_verify.grader")
+def _grader():
+    """A copy of math-verify's grader, in which formulas are compared by their values."""
+    spec = importlib.util.find_spec("math_verify.grader")  # to import it takes 2 s: only in workers
     grader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(grader)
     grader.sympy_numeric_eq = grader.sympy_symbolic_eq = grader.sympy_compare_symbols = same_value
     grader.sympy_solve_and_compare = same_zeros
-    options = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
-    return grader, lambda text: latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None,
-                                            conversion_config=options)
+    return grader
 
 
 @lru_cache(1000)
 def read(text):
-    """Sympy's form of an answer in clean notation, or None if it is not known how to read all of it."""
+    """Sympy's form of an answer, or None if not all of it can be read."""
     import sympy
-    text = re.sub(r"^([^=]*=)?([^=]*?)\\pm(.*)$", r"\2+\3,\2-\3", text) if text.count("\\pm") == 1 else text
-    text = re.sub(r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1", text)  # {x | x > 1}
-    text = re.sub(r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", "", text)
-    text = re.sub(r"_\{\s*\\text\s*\{(\w+)\}\s*\}", r"_{\1}", text)
-    # 12.50 as a fraction, since a formula's floating-point numbers would be rounded.
-    text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
-    text = re.sub(r"(?<![\d}_^{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", text)  # 1 1/2
+    from latex2sympy2_extended.latex2sympy2 import And, ConversionConfig, latex2sympy
+    text = clean(text).rstrip("%")
     words = re.sub(r"\\[a-zA-Z]+(?:\{[a-z]*matrix\})?|_\{[^{}]*\}", ",", text)
-    bare = re.sub(r"\\[{}]", "", text)
-    if _UNKNOWN.search(words) or set(re.findall(r"\\(?:[a-zA-Z]+|.)", text)) - _KNOWN or bare.count("{") != bare.count("}"):
+    braces = re.findall(r"(?<!\\)[{}]", text)
+    if _UNKNOWN.search(words) or "\\" in _KNOWN.sub("", text) or braces.count("{") != braces.count("}"):
         return None
-    try:
-        value = _library()[1](text)
-    except Exception:  # the parser raises many kinds
-        return None
-    if not isinstance(value, sympy.Basic | sympy.MatrixBase):
-        return None
-    if isinstance(value, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in value):
-        with contextlib.suppress(Exception):
-            return sympy.Or(*value).as_set()  # x < 0 or x > 1
-    equations = value._unsorted_args if type(value).__name__ == "And" else (value,)
-    if all(isinstance(e, sympy.Eq) for e in equations):  # a chain: 3 + 4 = 7 is 7, and 6 = 7 is nothing
-        sides = [equations[0].lhs, *(e.rhs for e in equations)]
-        numbers = [side for side in sides if getattr(side, "is_number", False)]
-        if not all(same_value(numbers[0], number) for number in numbers):
-            return None
-        return value if len(numbers) < len(sides) else numbers[0]
-    return value
+    options = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    with contextlib.suppress(Exception):  # the parser raises many kinds
+        value = latex2sympy(text, is_real=True, convert_degrees=False, conversion_config=options)
+        if isinstance(value, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in value):
+            with contextlib.suppress(TypeError, NotImplementedError):
+                return sympy.Or(*value).as_set()  # x < 0 or x > 1
+        equations = value._unsorted_args if isinstance(value, And) else (value,)
+        if all(isinstance(e, sympy.Eq) for e in equations):  # a chain: 3 + 4 = 7 is 7, and 6 = 7 is nothing
+            sides = [equations[0].lhs, *(e.rhs for e in equations)]
+            numbers = [side for side in sides if getattr(side, "is_number", False)]
+            if not all(same_value(numbers[0], number) for number in numbers):
+                return None
+            return value if len(numbers) < len(sides) else numbers[0]
+        return value if isinstance(value, sympy.Basic | sympy.MatrixBase) else None
 
 
-def _at_points(*formulas):
-    """Their values at four points, or as they are if they have no variable: k, m, n and j are whole numbers, and
-    i is the imaginary unit."""
+def at_points(x, y):
+    """(x, y) at four points, or as they are if they have no variable. k, m, n and j are whole numbers, and i is
+    the imaginary unit."""
     from sympy import I, Rational
-    symbols = sorted(set().union(*(f.free_symbols for f in formulas)), key=str)
-    rng = random.Random(0)
+    symbols = sorted(x.free_symbols | y.free_symbols, key=str)
     for k in range(4 if symbols else 1):
-        point = {s: I if s.name == "i" else rng.randrange(5, 20) if s.name in "jkmn" else
-                 Rational(rng.randrange(-40 if k % 2 else 1, 40), 16) + Rational(1, 37) for s in symbols}
-        yield [f.subs(point).doit() for f in formulas]
+        whole = [(31 * n + 53 * k) % 13 + 5 for n in range(len(symbols))]
+        point = {s: I if s.name == "i" else n if s.name in "jkmn" else (-1) ** k * Rational(n * n + k, 37)
+                 for s, n in zip(symbols, whole, strict=True)}
+        yield x.subs(point).doit(), y.subs(point).doit()
 
 
 def is_zero(value):
@@ -267,14 +256,14 @@ def is_zero(value):
 
 
 def same_value(x, y, decimals=None, *_):
-    """Whether two formulas have the same values. decimals: one of them was written with a decimal point, so six
-    places are enough."""
+    """Whether two formulas have the same values. decimals: only one was written with a decimal point, so that
+    six places are enough."""
     import sympy
     if hasattr(x, "shape") or hasattr(y, "shape"):
         return getattr(x, "shape", 0) == getattr(y, "shape", 1) and all(map(same_value, x, y))
     if not (isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)):
         return x == y
-    for p, q in _at_points(x, y):
+    for p, q in at_points(x, y):
         if p.is_finite is False or q.is_finite is False:
             if p != q or not p.is_infinite:
                 return False
@@ -284,69 +273,62 @@ def same_value(x, y, decimals=None, *_):
 
 
 def same_zeros(a, b, *_):
-    """Whether two equations or inequalities a and b say the same: they differ by a constant factor."""
-    x, y = a.lhs - a.rhs, b.lhs - b.rhs
-    (p, q), *others = _at_points(x, y)
-    if type(a) is not type(b) or not others or all(is_zero(r - p) for r, _ in others):  # x = x + 1
+    """Whether two equations or inequalities say the same: their sides' differences have a constant ratio."""
+    (p, q), *others = at_points(a.lhs - a.rhs, b.lhs - b.rhs)
+    if type(a) is not type(b) or all(is_zero(r - p) for r, _ in others):  # no variable is left: x = x + 1
         return False
-    if not isinstance(a, _library()[0].Eq) and not (p / q).is_positive:
-        return False
-    return all(is_zero(p * s - q * r) for r, s in others)
+    sign = a.rel_op in ("==", "!=") or bool((p / q).is_positive)
+    return sign and all(is_zero(p * s - q * r) for r, s in others)
 
 
 def equal_at_once(answer, gold):
-    """Equality of two answers where it takes neither sympy nor time: of the same text, of two plain numbers,
-    of a number and a word. Else None."""
-    if answer == gold:
-        return gold not in PLACEHOLDERS
-    a, b = (Fraction(x) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", x) else None for x in (answer, gold))
-    if b is not None and (a is not None or re.fullmatch("[a-zA-Z]+", answer)):
-        return a == b
+    """Equality of two answers where it takes no time: of the same text, of two plain numbers, of a number and
+    a word. Else None."""
+    a, b = (Fraction(text) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", text) else None
+            for text in (answer, gold))
+    if answer == gold or b is not None and (a is not None or re.fullmatch("[a-zA-Z]+", answer)):
+        return a == b and gold not in PLACEHOLDERS
     return None
 
 
 def equal(answer, gold):
     """Mathematical equality of two answers. It may never return: call it in a process that may be killed."""
-    known = equal_at_once(answer, gold)
-    if known is not None:
-        return known
     gold = re.sub(r"^\[\s*(['\"])(.*)\1\s*\]$", r"\2", gold.strip())  # a list of one text
+    if (known := equal_at_once(answer.strip(), gold)) is not None:
+        return known
     if plain(answer) == plain(gold) != "" or plain(gold) in PLACEHOLDERS:
         return plain(gold) not in PLACEHOLDERS
     chosen, given = choice(gold), choice(answer)
     if chosen and (not chosen[1] or given and not given[1]):
         return given is not None and given[0] == chosen[0]
-    if is_words(gold):
+    if _WORDS.fullmatch(plain(gold)):
         return False
-    gold, answer = clean(chosen[1] if chosen else gold), clean(answer)
-    a, b = read(gold.rstrip("%")), read(answer.rstrip("%"))
-    if a is None or b is None or {gold[0], answer[0]} == {"(", "\\"} and re.fullmatch(
-            r"\([^()]*\)\|\\\{[^(){}|<>=]*\\\}|\\\{[^(){}|<>=]*\\\}\|\([^()]*\)", f"{gold}|{answer}"):
-        return a is None and plain(answer).strip("\\") == plain(gold).strip("\\")
-    decimals = len([1 for text in (gold, answer) if re.search(r"\d\.|\.\d", text)]) == 1
-    same = _library()[0].sympy_expr_eq
-    if same(a, b, decimals, None, True):
-        return True
-    percent = gold.endswith("%"), answer.endswith("%")  # 50 % is 0.5, and 50 too, where that was asked for
-    return percent[0] != percent[1] and same(*(x / 100 if p else x for x, p in zip((a, b), percent, strict=True)), decimals, None)
+    gold = chosen[1] if chosen else gold
+    a, b, texts = read(gold), read(answer), (clean(gold), clean(answer))
+    if a is None:
+        return plain(answer).strip("\\") == plain(gold).strip("\\")
+    if b is None or re.fullmatch(r"\([^()]*\)\n\\\{[^(){}|<>=]*\\\}", "\n".join(sorted(texts))):
+        return False  # or a point and a set
+    decimals = bool(re.search(r"\d\.\d|\.\d", gold)) != bool(re.search(r"\d\.\d|\.\d", answer))
+    percent = [text.endswith("%") for text in texts]  # 50 % is 0.5, and 50 too, where that was asked for
+    same = _grader().sympy_expr_eq
+    return same(a, b, decimals, None, True) or percent[0] != percent[1] and same(
+        *(x / 100 if p else x for x, p in zip((a, b), percent, strict=True)), decimals, None)
 
 
 def verifiable(gold):
-    """Whether a gold answer is words, or is read and can be compared: then there is more than one text that is
-    equal to it."""
-    if is_words(gold) or choice(gold):
+    """Whether a gold answer is words, or can be read and compared: no other can be met by two texts."""
+    if _WORDS.fullmatch(plain(gold)) or choice(gold):
         return plain(gold) not in PLACEHOLDERS
     equal("0", gold)  # some can be read, but no comparison with them ends before the deadline
-    return read(clean(gold).rstrip("%")) is not None
+    return read(gold) is not None
 
 
 def verify(response, answer, mode="boxed"):
     """1.0 if the response's final answer equals `answer`, else 0.0. In this process and without a deadline:
     for trusted text. `Verifier` is for the output of a policy."""
     candidate = extract_answer(response, mode)
-    if not candidate or len(candidate) > MAX_ANSWER_CHARS:
-        return 0.0
-    return float(equal(candidate, answer))
+    return float(bool(candidate) and len(candidate) <= MAX_ANSWER_CHARS and equal(candidate, answer))
 
 
 class Verifier:
@@ -373,11 +355,13 @@ class Verifier:
     def _start(self):
         folder, name = os.path.split(os.path.abspath(__file__))
         worker = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches only the trainer
-            [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout), self.reward or ""],
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout),
+             self.reward or ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})  # the GPUs are the trainer's
-        if (said := worker.stdout.readline().strip()) != "ready":
-            raise ValueError(f"--reward {self.reward}: {said or 'ended while it was imported'}")
+        verdict = json.loads(worker.stdout.readline() or '"it ended while it was imported"')
+        if verdict != "ready":
+            worker.kill()
+            raise ValueError(f"--reward {self.reward}: cannot be used: {verdict}; give FILE.py:FUNCTION")
         return worker
 
     def check(self):
@@ -411,7 +395,9 @@ class Verifier:
 
     def _compare(self, answer, gold):
         known = equal_at_once(answer, gold)
-        return self._threads.submit(*((self._ask, "equal", answer, gold) if known is None else (float, known)))
+        if known is not None:
+            return self._threads.submit(float, known)
+        return self._threads.submit(self._ask, "equal", answer, gold)
 
     def _ask(self, *request):
         worker, reply = self._idle.get(), ""
@@ -431,7 +417,8 @@ class Verifier:
         self.crashes += verdict == "crash"
         self.errors += verdict not in ("timeout", "crash")
         if self.errors == 1 and verdict not in ("timeout", "crash"):
-            print(f"{self.reward}: {verdict}. The reward is 0; all such are counted as reward/errors", file=sys.stderr)
+            print(f"{self.reward}: {verdict}. It counts as 0, as do all that reward/errors counts",
+                  file=sys.stderr)
         return 0.0
 
     def close(self):
@@ -445,23 +432,20 @@ class Verifier:
 # ---- a worker: a process that forks a child, which compares until a timer ends it --------------------------
 
 def _load(reward):
-    """The function FUNCTION of "FILE.py:FUNCTION"."""
+    """The function of "FILE.py:FUNCTION"."""
     path, _, name = reward.rpartition(":")
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
     spec = importlib.util.spec_from_file_location("reward_of_ones_own", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    inspect.signature(getattr(module, name)).bind("response", "answer")
     return getattr(module, name)
 
 
 def _work(timeout, reward):
-    """Reads requests from stdin and writes a reward for each to stdout, or what went wrong.
+    """Reads requests from stdin and writes a verdict for each to stdout: a number, or what went wrong.
 
-    `timeout` limits the time that a comparison computes. A limit on the clock's time would take rewards of
-    right answers on a busy machine. A comparison that waits for ever is ended after PATIENCE times as long.
-    The child does one comparison after another, since it learns: the parser is slow when it meets a form for
-    the first time. But a reward of one's own gets a new child each time, which no response can have changed.
+    A child does one comparison after another, since it learns: the parser is slow where it meets a form for
+    the first time. But a reward of one's own gets a new child each time, which no response has changed.
     """
     import resource
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -469,44 +453,51 @@ def _work(timeout, reward):
     logging.disable(logging.WARNING)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no verdict
-    functions = {"equal": equal, "verifiable": verifiable}
-    signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS)
+    verdict, functions = "ready", {"equal": equal, "verifiable": verifiable}
+    signal.alarm(IMPORT_SECONDS)
     try:
         if reward:
             functions["reward"] = _load(reward)
-        else:  # import everything, and meet the common forms: a fork takes milliseconds, this seconds
-            for form in WARM_UP:
-                equal(form, "\\frac{1}{2}")
+        for form in () if reward else WARM_UP:  # imports everything, and meets the common forms
+            equal(form, "\\frac{1}{2}")
     except BaseException as error:
-        print(f"cannot be used ({type(error).__name__}: {error})".replace("\n", " "), file=replies, flush=True)
-        return
-    signal.setitimer(signal.ITIMER_REAL, 0)
+        verdict = f"{type(error).__name__}: {error}"
+    signal.alarm(0)
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
-    print("ready", file=replies, flush=True)
-    named = {-signal.SIGPROF: "timeout", -signal.SIGALRM: "timeout", 1: None}
-    while child := os.fork():
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with contextlib.suppress(OSError):
-            os.killpg(child, signal.SIGKILL)  # what it started
-        if code == 0:  # the trainer has closed the pipe
-            return
-        with contextlib.suppress(BrokenPipeError):  # the trainer was killed; then stdin ends too
-            if code != 1:
-                print(json.dumps(named.get(code, "crash")), file=replies, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the trainer was killed; then stdin ends too
+        print(json.dumps(verdict), file=replies, flush=True)
+        while child := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            with contextlib.suppress(OSError):
+                os.killpg(child, signal.SIGKILL)  # what it started
+            if code == 0:
+                return
+            if code < 0:
+                verdict = "timeout" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
+                print(json.dumps(verdict), file=replies, flush=True)
     os.setpgid(0, 0)
+    _serve(functions, timeout, replies)
+
+
+def _serve(functions, timeout, replies):
+    """Answers requests until stdin ends, or one request to a reward of one's own.
+
+    `timeout` limits the time that a comparison computes. A limit on the clock's time would take rewards of
+    right answers on a busy machine. A comparison that waits for ever is ended after PATIENCE times as long.
+    """
     while line := sys.stdin.readline():
+        name, *arguments = json.loads(line)
         # Nothing here handles the signals of these timers. So the system ends this process at once.
         signal.setitimer(signal.ITIMER_PROF, timeout)
         signal.setitimer(signal.ITIMER_REAL, timeout * PATIENCE)
-        name, *arguments = json.loads(line)
         try:
             verdict = functions[name](*arguments)
             if not 0 <= float(verdict) <= 1:
                 raise ValueError(f"it returned {verdict!r}, and not a number from 0 to 1")
             verdict = float(verdict)
         except BaseException as error:  # sympy raises many kinds on hostile text: that is no right answer
-            verdict = f"{type(error).__name__}: {error}"[:300] if name == "reward" else 0.0
+            verdict = f"{type(error).__name__}: {error}" if name == "reward" else 0.0
         for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
         with contextlib.suppress(BrokenPipeError):
