@@ -103,7 +103,8 @@ def extract_answer(response, mode="boxed"):
 
 _COMMANDS = {name: form for form, names in [  # what a command becomes
     ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large huge bf rm it limits "
-         "mathbf boldsymbol bm underline boxed fbox mathit mathcal !"), (" ", "( ) [ ] , ; : > quad qquad newline"),
+         "mathbf boldsymbol bm underline boxed fbox mathit mathcal !"),
+    (" ", "( ) [ ] , ; : > quad qquad newline"),
     (r"\text", "mbox hbox mathrm mathsf textbf textit textrm textsf texttt textnormal emph operatorname"),
     (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc dotsb"), (r"\{", "lbrace"),
     (r"\}", "rbrace"), ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (" or ", "lor vee"),
@@ -112,8 +113,9 @@ _COMMANDS = {name: form for form, names in [  # what a command becomes
     ("/", "div")] for name in names.split()}
 _SIGNS = str.maketrans({
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "π": r"\pi ", "√": r"\sqrt ", "∅": r"\emptyset ",
-    "∈": r"\in ", "±": r"\pm ", "…": r"\ldots ", "°": r"^\circ ", "−": "-", "–": "-", "—": "-", "、": ","})
+    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "π": r"\pi ", "√": r"\sqrt ",
+    "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "…": r"\ldots ", "°": r"^\circ ",
+    "−": "-", "–": "-", "—": "-", "、": ","})
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
 _UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
          r"(?!sqrt|frac)[a-zA-Z]{4,})")  # single letters are variables; other short words are products
@@ -237,8 +239,8 @@ def read(text):
 
 
 def at_points(x, y):
-    """(x, y) at four points, or as they are if they have no variable. k, m, n and j are whole numbers, and i is
-    the imaginary unit."""
+    """(x, y) at four points, or as they are if they have no variable. There k, m, n and j are whole numbers, and
+    i is the imaginary unit."""
     from sympy import I, Rational
     symbols = sorted(x.free_symbols | y.free_symbols, key=str)
     for k in range(4 if symbols else 1):
@@ -356,8 +358,8 @@ class Verifier:
         folder, name = os.path.split(os.path.abspath(__file__))
         worker = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches only the trainer
             [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout),
-             self.reward or ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})  # the GPUs are the trainer's
+             self.reward or ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True, env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})  # the GPUs are the trainer's
         verdict = json.loads(worker.stdout.readline() or '"it ended while it was imported"')
         if verdict != "ready":
             worker.kill()
@@ -400,25 +402,24 @@ class Verifier:
         return self._threads.submit(self._ask, "equal", answer, gold)
 
     def _ask(self, *request):
-        worker, reply = self._idle.get(), ""
-        with contextlib.suppress(OSError, ValueError):  # it has been killed while it was idle
+        worker, verdict = self._idle.get(), "crash"
+        with contextlib.suppress(OSError, ValueError):  # it has been killed, or its reply was cut short
             worker = worker or self._start()
             worker.stdin.write(json.dumps(request) + "\n")
             worker.stdin.flush()
-            reply = worker.stdout.readline()
-        if worker and not reply:  # killed from outside
+            verdict = json.loads(worker.stdout.readline())
+        if worker and verdict == "crash":
             worker.kill()
-            worker.wait()
-        self._idle.put(worker if reply else None)  # the next comparison starts another
-        verdict = json.loads(reply or '"crash"')
+            worker.communicate()  # closes its pipes, so that its child ends too
+        self._idle.put(None if verdict == "crash" else worker)  # the next comparison starts another
         if isinstance(verdict, float):
             return verdict
         self.timeouts += verdict == "timeout"
         self.crashes += verdict == "crash"
-        self.errors += verdict not in ("timeout", "crash")
-        if self.errors == 1 and verdict not in ("timeout", "crash"):
-            print(f"{self.reward}: {verdict}. It counts as 0, as do all that reward/errors counts",
-                  file=sys.stderr)
+        if verdict not in ("timeout", "crash"):
+            self.errors += 1
+            if self.errors == 1:
+                print(f"{self.reward}: {verdict}. It counts as 0, as do all of reward/errors", file=sys.stderr)
         return 0.0
 
     def close(self):
