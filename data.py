@@ -16,7 +16,11 @@ from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
 
-# What DAPO-Math-17k's prompts say on the hub. It asks for another form of answer than BOXED_SUFFIX does.
+# A sentence that asks for another form of answer than BOXED_SUFFIX does, such as GSM8K's, and DAPO-Math-17k's
+# on the hub. They are removed, because two orders contradict each other.
+OTHER_FORM = re.compile(
+    r"""[^.?!\n]*\b(?:put|write|give|provide|state|end|output|return|place|finish|conclude|report)\b[^.?!\n]*"""
+    r"""(?:\#{4}|"Answer:"|'Answer:')[^.?!\n]*(?:[.!]["']?(?=\s|$)|(?=\n|$))""", re.IGNORECASE)
 DAPO_WORDING = re.compile(
     r"^Solve the following math problem step by step\. The last line of your response should be of the form "
     r"Answer: \$?Answer \(without quotes\) where \$?Answer is the answer to the problem\.\s*"
@@ -43,8 +47,9 @@ def first_line(error):
 
 # ---- reading problems --------------------------------------------------------------------------------------
 
-def load_problems(spec):
-    """All problems of `spec`, in their source's order, duplicates removed:
+def load_problems(spec, suffix=BOXED_SUFFIX, own_reward=False):
+    """All problems of `spec`, in their source's order, duplicates removed. suffix: what each prompt asks for
+    at its end. own_reward: the answers are for a reward of the user's own, and are kept as they are.
 
         chain or chain:SIZE         the built-in task: the first 8,192 rows of builtin/chain.jsonl, or SIZE
         FILE.jsonl, FILE.parquet    one problem a row
@@ -61,7 +66,7 @@ def load_problems(spec):
         rows = hub_rows(spec)
     problems = {}  # by what they say: DAPO-17k on the hub repeats each problem a hundred times
     for i, row in enumerate(rows):
-        problem = parse_row(row, i, spec)
+        problem = parse_row(row, i, spec, suffix, own_reward)
         problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
@@ -103,8 +108,8 @@ def is_chat(prompt):
     return chat and all(isinstance(m.get("content"), str) for m in prompt) and prompt[-1]["role"] == "user"
 
 
-def parse_row(row, i, spec):
-    """One row of any accepted layout as a Problem."""
+def parse_row(row, i, spec, suffix=BOXED_SUFFIX, own_reward=False):
+    """One row of any accepted layout as a Problem. `drop_unverifiable` counts empty answers."""
     where = f"{spec}, row {i + 1}"
     if not isinstance(row, dict):
         raise InputError(f"{where}: is a {type(row).__name__}, not an object; {EXPECTED}")
@@ -118,20 +123,23 @@ def parse_row(row, i, spec):
         raise InputError(f"{where}: has no problem; {EXPECTED}")
     if not is_chat(prompt):
         raise InputError(f"{where}: its prompt is not a list of chat messages, the user's last; {EXPECTED}")
+    if isinstance(answer, dict | list) and own_reward:
+        answer = json.dumps(answer)
     if not isinstance(answer, str | int | float):
         raise InputError(f"{where}: has no answer; {EXPECTED}")
     # A JSON string may hold half of a surrogate pair, which no tokenizer accepts: it becomes a question mark.
     texts = [str(answer), *(m["content"] for m in prompt)]
     answer, *contents = (text.encode(errors="replace").decode() for text in texts)
-    if "\\boxed" in answer:  # a worked solution
-        answer = last_boxed(answer) or ""
-    answer = answer.rpartition("####")[2].strip()  # GSM8K's
-    if not answer:
-        raise InputError(f"{where}: its answer is empty; every problem needs one")
+    if not own_reward:
+        if "\\boxed" in answer or "\\fbox" in answer:  # a worked solution
+            answer = last_boxed(answer) or ""
+        answer = answer.rpartition("####")[2].strip()  # GSM8K's
     messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
-    messages[-1]["content"] = DAPO_WORDING.sub("", messages[-1]["content"])
-    if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
-        messages[-1]["content"] += f" {BOXED_SUFFIX}"
+    if suffix == BOXED_SUFFIX:
+        messages[-1]["content"] = OTHER_FORM.sub("", DAPO_WORDING.sub("", messages[-1]["content"])).strip()
+    asked = "\\boxed" if suffix == BOXED_SUFFIX else suffix
+    if suffix and not any(asked in m["content"] for m in messages):  # once, never twice
+        messages[-1]["content"] += f" {suffix}"
     return Problem(i, tuple(messages), answer)
 
 
@@ -148,7 +156,7 @@ def training_problems(c, tokenizer):
     """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
     too long for the policy's tokenizer or the critic's."""
     critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
-    limit, problems = c.max_prompt_tokens, load_problems(c.dataset)
+    limit, problems = c.max_prompt_tokens, load_problems(c.dataset, c.suffix, bool(c.reward))
     fitting = [p for p in problems if all(len(render(p.messages, t)) <= limit for t in [tokenizer, *critic])]
     if not fitting:
         raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
@@ -159,8 +167,8 @@ def training_problems(c, tokenizer):
 
 
 def drop_unverifiable(problems, held_out, verifier, dataset):
-    """Removes from both lists the problems whose gold answer math-verify cannot read: no response could be
-    right. Raises InputError if these are more than 1 %.
+    """Removes from both lists the problems whose gold answer is empty or cannot be read: hardly a response
+    could be right. Raises InputError if these are more than 1 %.
 
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
     on the same problems.
@@ -169,9 +177,11 @@ def drop_unverifiable(problems, held_out, verifier, dataset):
     bad = from_rank_0(lambda: {both[i].id for i in verifier.unverifiable([p.answer for p in both])})
     if bad:
         first = min((p for p in both if p.id in bad), key=lambda p: p.id)
-        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
+        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be read as "
+        about += "mathematics" if first.answer else "mathematics, since it is empty"
         if len(bad) > len(both) / 100:
-            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them")
+            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them, or "
+                             "give a --reward of your own")
         say(f"{about}; dropped {len(bad)} of {len(both)} problems, to which no answer could be right")
     for part in (problems, held_out):
         part[:] = [p for p in part if p.id not in bad]
@@ -204,6 +214,14 @@ def render(messages, tokenizer):
     if tokenizer.chat_template is None:
         return tokenizer.encode("\n\n".join(m["content"] for m in messages) + "\n\n")
     return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+
+
+def decode(ids, tokenizer):
+    """The text of a response, without padding and end marks. `<think>` and `</think>` stay, even where they
+    are special tokens: the verdict depends on them."""
+    thinking = {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")}
+    special = set(tokenizer.all_special_ids) - thinking
+    return tokenizer.decode([i for i in ids if i not in special])
 
 
 # ---- can the model be used? --------------------------------------------------------------------------------

@@ -212,6 +212,7 @@ def show_samples(title, batch, tokenizer, count=3):
     for problem, response, reward in rows:
         text = tokenizer.decode(response.ids, skip_special_tokens=True).replace("\n", " | ")
         text = text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
-        verdict = "right" if reward else f"wrong: it is {problem.answer}" if response.finished else "cut off"
+        wrong = f"wrong: it is {textwrap.shorten(problem.answer, 60)}" if response.finished else "cut off"
+        verdict = "right" if reward == 1 else f"reward {reward:.2f}" if reward else wrong
         say(f"  {problem.messages[-1]['content']}\n    {text}  [{verdict}]")
     say()

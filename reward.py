@@ -239,8 +239,8 @@ def read(text):
 
 
 def at_points(x, y):
-    """(x, y) at four points, or as they are if they have no variable. There k, m, n and j are whole numbers, and
-    i is the imaginary unit."""
+    """(x, y) at four points, or as they are if they have no variable. There j, k, m and n are whole numbers,
+    and i is the imaginary unit."""
     from sympy import I, Rational
     symbols = sorted(x.free_symbols | y.free_symbols, key=str)
     for k in range(4 if symbols else 1):
@@ -356,10 +356,10 @@ class Verifier:
 
     def _start(self):
         folder, name = os.path.split(os.path.abspath(__file__))
-        worker = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches only the trainer
+        worker = subprocess.Popen(  # in its own session: Ctrl-C is for the trainer, and so are the GPUs
             [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout),
              self.reward or ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            start_new_session=True, env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})  # the GPUs are the trainer's
+            start_new_session=True, env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})
         verdict = json.loads(worker.stdout.readline() or '"it ended while it was imported"')
         if verdict != "ready":
             worker.kill()
@@ -419,7 +419,7 @@ class Verifier:
         if verdict not in ("timeout", "crash"):
             self.errors += 1
             if self.errors == 1:
-                print(f"{self.reward}: {verdict}. It counts as 0, as do all of reward/errors", file=sys.stderr)
+                print(f"{self.reward}: {verdict}; the reward is 0 (see reward/errors)", file=sys.stderr)
         return 0.0
 
     def close(self):

@@ -38,7 +38,7 @@ from log import Clock, Log
 from machine import check_ranks, compute_dtype, init_distributed, seed_torch
 from policy import Policy
 from reward import Verifier
-from rollout import Sampler
+from rollout import Sampler, make_verifier
 from sharded import mean_of, rows_like
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def train(config, make_baseline):
     c.check()
     say(f"Loading {c.model} and its engine; training starts in a few seconds.")
     tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
-    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)  # response, gold answer -> 1 or 0
+    verifier = make_verifier(c)  # response, gold answer -> reward in [0, 1]
     # Problems are chat messages and gold answers. Those held out are only evaluated on.
     problems, held_out = data.training_problems(c, tokenizer)
     benchmarks = load_eval_benchmarks(c, tokenizer)  # for --eval-benchmarks
@@ -352,6 +352,8 @@ class TrainConfig(CommandLine):
     max_prompt_tokens: int = option(1024, "problems with longer prompts are dropped, with a message")
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
+    reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
+    suffix: str = option(data.BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)")
 
     steps: int = option(1000, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)
