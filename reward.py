@@ -309,8 +309,8 @@ def equal(answer, gold):
     a, b, texts = read(gold), read(answer), (clean(gold), clean(answer))
     if a is None:
         return plain(answer).strip("\\") == plain(gold).strip("\\")
-    if b is None or re.fullmatch(r"\([^()]*\)\n\\\{[^(){}|<>=]*\\\}", "\n".join(sorted(texts))):
-        return False  # or a point and a set
+    if b is None or re.fullmatch(r"\([^()]*\)\n\\\{[^(){}|<>=]*\\\}|\d+_\S+\n\d+_\S+", "\n".join(sorted(texts))):
+        return False  # not read; or a point and a set; or numbers to two bases
     decimals = bool(re.search(r"\d\.\d|\.\d", gold)) != bool(re.search(r"\d\.\d|\.\d", answer))
     percent = [text.endswith("%") for text in texts]  # 50 % is 0.5, and 50 too, where that was asked for
     same = _grader().sympy_expr_eq

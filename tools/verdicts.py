@@ -11,17 +11,17 @@ import time
 from pathlib import Path
 
 from cli import say
-from reward import Verifier, last_boxed
+from reward import Verifier
 from tools.compare import plain_math_verify
 
 
 def plain(pairs):
-    """The rewards of plain math-verify over the last box, in a process of its own, which may hang."""
+    """The rewards of plain math-verify, in a process of its own, since it may hang."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         rewards = []
         for pair in pairs:
             try:
-                arguments = last_boxed(pair["response"]) or "", pair["gold"]
+                arguments = pair["response"], pair["gold"]
                 rewards.append(pool.apply_async(plain_math_verify, arguments).get(timeout=15))
             except Exception:  # math-verify raises many kinds
                 rewards.append(0.0)
@@ -37,9 +37,8 @@ def main(path):
     ours = verifier.score(responses, golds)
     seconds = time.perf_counter() - start
     for name, rewards in (("reward.py", ours), ("math-verify", plain(pairs))):
-        wrong = [(pair, reward) for pair, reward in zip(pairs, rewards, strict=True) if pair["reward"] != reward]
-        paid = sum(reward for _, reward in wrong)
-        right = sum(pair["reward"] for pair in pairs)
+        wrong = [(pair, reward) for pair, reward in zip(pairs, rewards, strict=True) if reward != pair["reward"]]
+        paid, right = sum(reward for _, reward in wrong), sum(pair["reward"] for pair in pairs)
         say(f"{name:<12} pays {paid:.0f} of {len(pairs) - right:.0f} wrong answers, refuses "
             f"{len(wrong) - paid:.0f} of {right:.0f} right ones")
         for pair, reward in wrong if name == "reward.py" else []:
