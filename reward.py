@@ -309,7 +309,8 @@ def equal(answer, gold):
     a, b, texts = read(gold), read(answer), (clean(gold), clean(answer))
     if a is None:
         return plain(answer).strip("\\") == plain(gold).strip("\\")
-    if b is None or re.fullmatch(r"\([^()]*\)\n\\\{[^(){}|<>=]*\\\}|\d+_\S+\n\d+_\S+", "\n".join(sorted(texts))):
+    if b is None or re.fullmatch(r"\([^()]*\)\n\\\{[^(){}|<>=]*\\\}|\d+_\S+\n\d+_\S+",
+                                   "\n".join(sorted(texts))):
         return False  # not read; or a point and a set; or numbers to two bases
     decimals = bool(re.search(r"\d\.\d|\.\d", gold)) != bool(re.search(r"\d\.\d|\.\d", answer))
     percent = [text.endswith("%") for text in texts]  # 50 % is 0.5, and 50 too, where that was asked for
@@ -408,6 +409,8 @@ class Verifier:
             worker.stdin.write(json.dumps(request) + "\n")
             worker.stdin.flush()
             verdict = json.loads(worker.stdout.readline())
+            if request[0] == "reward" and verdict not in ("timeout", "crash"):
+                worker.stdout.readline()  # that its child has ended
         if worker and verdict == "crash":
             worker.kill()
             worker.communicate()  # closes its pipes, so that its child ends too
@@ -474,9 +477,8 @@ def _work(timeout, reward):
                 os.killpg(child, signal.SIGKILL)  # what it started
             if code == 0:
                 return
-            if code < 0:
-                verdict = "timeout" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
-                print(json.dumps(verdict), file=replies, flush=True)
+            verdict = "timeout" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
+            print(json.dumps(verdict), file=replies, flush=True)
     os.setpgid(0, 0)
     _serve(functions, timeout, replies)
 

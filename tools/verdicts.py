@@ -31,13 +31,13 @@ def plain(pairs):
 def main(path):
     pairs = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     responses, golds = [[pair[name] for pair in pairs] for name in ("response", "gold")]
-    verifier = Verifier()
+    verifier = Verifier()  # with two workers
     verifier.score(["\\boxed{\\sqrt{2}}"] * 2, ["\\frac12"] * 2)  # both workers are up
     start = time.perf_counter()
     ours = verifier.score(responses, golds)
     seconds = time.perf_counter() - start
     for name, rewards in (("reward.py", ours), ("math-verify", plain(pairs))):
-        wrong = [(pair, reward) for pair, reward in zip(pairs, rewards, strict=True) if reward != pair["reward"]]
+        wrong = [(p, reward) for p, reward in zip(pairs, rewards, strict=True) if reward != p["reward"]]
         paid, right = sum(reward for _, reward in wrong), sum(pair["reward"] for pair in pairs)
         say(f"{name:<12} pays {paid:.0f} of {len(pairs) - right:.0f} wrong answers, refuses "
             f"{len(wrong) - paid:.0f} of {right:.0f} right ones")
@@ -48,6 +48,7 @@ def main(path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("path", metavar="FILE.jsonl")
     main(parser.parse_args().path)
