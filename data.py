@@ -21,7 +21,11 @@ from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
 
-# What DAPO-Math-17k's prompts say on the hub. It asks for another form of answer than BOXED_SUFFIX does.
+# A sentence that asks for another form of answer than BOXED_SUFFIX does, such as GSM8K's, and DAPO-Math-17k's
+# on the hub. They are removed, because two orders contradict each other.
+OTHER_FORM = re.compile(
+    r"""[^.?!\n]*\b(?:put|write|give|provide|state|end|output|return|place|finish|conclude|report)\b[^.?!\n]*"""
+    r"""(?:\#{4}|"Answer:"|'Answer:')[^.?!\n]*(?:[.!]["']?(?=\s|$)|(?=\n|$))""", re.IGNORECASE)
 DAPO_WORDING = re.compile(
     r"^Solve the following math problem step by step\. The last line of your response should be of the form "
     r"Answer: \$?Answer \(without quotes\) where \$?Answer is the answer to the problem\.\s*"
@@ -46,7 +50,7 @@ class Problem:
 
 # ---- reading problems --------------------------------------------------------------------------------------
 
-def load_problems(spec, prompt_field=None, answer_field=None):
+def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False):
     """All problems of `spec`, in their source's order, duplicates removed:
 
         chain or chain:SIZE         the built-in task: the first 8,192 rows of builtin/chain.jsonl, or SIZE
@@ -54,7 +58,9 @@ def load_problems(spec, prompt_field=None, answer_field=None):
         HUB/NAME[/CONFIG][:SPLIT]   a hub dataset; the split is `train` unless named
 
     prompt_field, answer_field: the fields to read, for rows that name them otherwise than PROMPT_FIELDS and
-    ANSWER_FIELDS. Raises InputError, naming the file and the row, for what cannot be read.
+    ANSWER_FIELDS. suffix: what each prompt asks for at its end. own_reward: the answers are for a reward of
+    the user's own, and are kept as they are. Raises InputError, naming the file and the row, for what cannot
+    be read.
     """
     name, _, argument = spec.partition(":")
     fields = {*FIELDS, prompt_field, answer_field}
@@ -74,7 +80,7 @@ def load_problems(spec, prompt_field=None, answer_field=None):
         said = repr([row.get(field) for field in fields] if isinstance(row, dict) else row)
         if said not in seen:
             seen.add(said)
-            problem = parse_row(row, i, spec, prompt_field, answer_field)
+            problem = parse_row(row, i, spec, prompt_field, answer_field, suffix, own_reward)
             problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
@@ -155,8 +161,8 @@ def is_chat(prompt):
     return chat and all(isinstance(m.get("content"), str) for m in prompt) and prompt[-1]["role"] == "user"
 
 
-def parse_row(row, i, spec, prompt_field=None, answer_field=None):
-    """One row of any accepted layout as a Problem."""
+def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False):
+    """One row of any accepted layout as a Problem. `drop_unverifiable` counts empty answers."""
     where = f"{spec}, row {i + 1}"
     if not isinstance(row, dict):
         raise InputError(f"{where}: is a {type(row).__name__}, not an object; {EXPECTED}")
@@ -175,6 +181,8 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None):
         raise InputError(f"{where}: has no problem; {has}; {EXPECTED} (or name yours with --prompt-field)")
     if not is_chat(prompt):
         raise InputError(f"{where}: its prompt is not a list of chat messages, the user's last; {EXPECTED}")
+    if isinstance(answer, dict | list) and own_reward:
+        answer = json.dumps(answer)
     if isinstance(answer, list | dict):
         raise InputError(f"{where}: its answer is a {type(answer).__name__}; give text or a number")
     if not isinstance(answer, str | int | float):
@@ -182,15 +190,16 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None):
     # A JSON string may hold half of a surrogate pair, which no tokenizer accepts: it becomes a question mark.
     texts = [str(answer), *(m["content"] for m in prompt)]
     answer, *contents = (text.encode(errors="replace").decode() for text in texts)
-    if "\\boxed" in answer:  # a worked solution
-        answer = last_boxed(answer) or ""
-    answer = answer.rpartition("####")[2].strip()  # GSM8K's
-    if not answer:
-        raise InputError(f"{where}: its answer is empty; every problem needs one")
+    if not own_reward:
+        if "\\boxed" in answer or "\\fbox" in answer:  # a worked solution
+            answer = last_boxed(answer) or ""
+        answer = answer.rpartition("####")[2].strip()  # GSM8K's
     messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
-    messages[-1]["content"] = DAPO_WORDING.sub("", messages[-1]["content"])
-    if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
-        messages[-1]["content"] += f" {BOXED_SUFFIX}"
+    if suffix == BOXED_SUFFIX:
+        messages[-1]["content"] = OTHER_FORM.sub("", DAPO_WORDING.sub("", messages[-1]["content"])).strip()
+    asked = "\\boxed" if suffix == BOXED_SUFFIX else suffix
+    if suffix and not any(asked in m["content"] for m in messages):  # once, never twice
+        messages[-1]["content"] += f" {suffix}"
     return Problem(i, tuple(messages), answer)
 
 
@@ -198,6 +207,12 @@ def write_problems(path, problems, c):
     """Writes Problems as a file that `load_problems` reads with the same options `c`."""
     rows = ({c.prompt_field or "prompt": p.messages, c.answer_field or "answer": p.answer} for p in problems)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def reading(c):
+    """The keyword arguments of `load_problems` that a script's options ask for."""
+    return dict(prompt_field=c.prompt_field, answer_field=c.answer_field, suffix=c.suffix,
+                own_reward=bool(c.reward))
 
 
 # ---- the problems of a training run ------------------------------------------------------------------------
@@ -213,8 +228,7 @@ def training_problems(c, tokenizer):
     """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
     too long for the policy's tokenizer or the critic's."""
     critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
-    limit = c.max_prompt_tokens
-    problems = load_problems(c.dataset, c.prompt_field, c.answer_field)
+    limit, problems = c.max_prompt_tokens, load_problems(c.dataset, **reading(c))
     fitting = [p for p in problems if all(len(render(p.messages, t)) <= limit for t in [tokenizer, *critic])]
     if not fitting:
         raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
@@ -225,8 +239,8 @@ def training_problems(c, tokenizer):
 
 
 def drop_unverifiable(problems, held_out, verifier, dataset):
-    """Removes from both lists the problems whose gold answer math-verify cannot read: no response could be
-    right. Raises InputError if these are more than 1 %.
+    """Removes from both lists the problems whose gold answer is empty or cannot be read: hardly a response
+    could be right. Raises InputError if these are more than 1 %.
 
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
     on the same problems.
@@ -235,9 +249,11 @@ def drop_unverifiable(problems, held_out, verifier, dataset):
     bad = from_rank_0(lambda: {both[i].id for i in verifier.unverifiable([p.answer for p in both])})
     if bad:
         first = min((p for p in both if p.id in bad), key=lambda p: p.id)
-        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
+        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be read as "
+        about += "mathematics" if first.answer else "mathematics, since it is empty"
         if len(bad) > len(both) / 100:
-            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them")
+            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them, or "
+                             "give a --reward of your own")
         say(f"{about}; dropped {len(bad)} of {len(both)} problems, to which no answer could be right")
     for part in (problems, held_out):
         part[:] = [p for p in part if p.id not in bad]

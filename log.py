@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from cli import BUILTIN_MODEL, InputError, is_main, say
+from reward import decode
 
 # ---- time --------------------------------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ def sample(batch, row, advantages=None, values=None, tokenizer=None):
         return None if x is None else round(float(x[row] if x.dim() == 1 else place(x[row])), 4)
     response, problem = batch.responses[row], batch.problems[row]
     return {"problem": problem.id, "prompt": problem.messages[-1]["content"],
-            "response": tokenizer.decode(response.ids, skip_special_tokens=True), "answer": problem.answer,
+            "response": decode(response.ids, tokenizer), "answer": problem.answer,
             "reward": float(batch.rewards[row]), "value": of_row(values, lambda x: x[0]),
             "advantage": of_row(advantages, lambda x: x[: len(response.ids)].mean()),
             "tokens": len(response.ids), "finished": response.finished}

@@ -41,7 +41,7 @@ from log import Clock, Log
 from machine import check_ranks, compute_dtype, from_rank_0, init_distributed, seed_torch, skeleton
 from policy import Policy, check_output_layer
 from reward import Verifier
-from rollout import Sampler
+from rollout import Sampler, make_verifier
 from sharded import mean_of, rows_like
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def run_training(c, make_baseline, closing):
     c.check()
     say(f"Loading {c.model}, {c.dataset} and the engine: seconds for small models, minutes for large ones.")
     tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
-    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)  # response, gold answer -> 1 or 0
+    verifier = make_verifier(c)  # response, gold answer -> reward in [0, 1]
     closing.callback(verifier.close)
     device = init_distributed()  # every rank runs this same function, on a GPU of its own
     closing.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
@@ -413,6 +413,8 @@ class TrainConfig(CommandLine):
     max_prompt_tokens: int = option(1024, "problems with longer prompts are dropped, with a message")
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
+    reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
+    suffix: str = option(data.BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)")
 
     steps: int = option(1000, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)

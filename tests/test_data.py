@@ -8,7 +8,16 @@ from conftest import SHARED
 
 import data
 from cli import BUILTIN_MODEL, InputError
-from data import BOXED_SUFFIX, load_problems, load_tokenizer, render, split, write_problems
+from data import (
+    BOXED_SUFFIX,
+    drop_unverifiable,
+    load_problems,
+    load_tokenizer,
+    render,
+    split,
+    write_problems,
+)
+from reward import Verifier
 
 VERL = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
         "reward_model": {"ground_truth": "2"}}
@@ -115,8 +124,6 @@ def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, cap
 @pytest.mark.parametrize("text, message", [
     ("", "has no problems"), ("\n\n", "has no problems"), ('{"problem": "1+1?", "answer": "2"}\n{oops', "line 2: is not JSON"),
     ("[1]", "row 1: is a list"), ('{"answer": "2"}', "row 1: has no problem"), ('{"problem": "1+1?"}', "row 1: has no answer"),
-    ('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+1?", "answer": " "}', "row 2: its answer is empty"),
-    ('{"problem": "1+1?", "solution": "no box: \\\\boxed{"}', "row 1: its answer is empty"),
     ('{"prompt": [{"role": "assistant", "content": "hi"}], "answer": "2"}', "row 1: its prompt is not a list of chat"),
     ('{"prompt": ["hi"], "answer": "2"}', "row 1: its prompt is not a list of chat"), ('{"prompt": 5, "answer": "2"}', "row 1"),
     ('{"prompt": [{"role": "user", "content": null}], "answer": "2"}', "row 1: its prompt is not a list of chat")])
@@ -125,6 +132,25 @@ def test_what_cannot_be_read_is_named(tmp_path, text, message):
     with pytest.raises(InputError, match="x.jsonl") as error:
         load_problems(str(tmp_path / "x.jsonl"))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("solution, answer", [
+    ("so \\boxed 2", "2"), ("$x=\\boxed{3}$ or $x=\\boxed{4}$", "3, 4"), ("no box: \\boxed{", ""), ("1+1 = 2\n#### 2", "2"),
+    (" ", ""), ("first \\fbox{3}.", "3")])
+def test_what_becomes_a_gold_answer(tmp_path, solution, answer):
+    problem, = load_problems(write(tmp_path / "x.jsonl", [{"problem": "1+1?", "solution": solution}]))
+    assert problem.answer == answer
+
+
+def test_gold_answers_to_which_nothing_could_be_right_are_dropped_or_refused(tmp_path):
+    for bad in ("", "proof", "First we add 1 and 1. The sum is 2, as one sees."):
+        rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(150)] + [{"problem": "a?", "answer": bad}]
+        problems, verifier = load_problems(write(tmp_path / "x.jsonl", rows)), Verifier(1)
+        drop_unverifiable(problems, [], verifier, "x.jsonl")
+        assert [p.id for p in problems] == [*range(150)]
+        with pytest.raises(InputError, match="x.jsonl, row 151: .* cannot be read as mathematics"):
+            drop_unverifiable(load_problems(write(tmp_path / "x.jsonl", rows))[60:], [], verifier, "x.jsonl")
+        verifier.close()
 
 
 def test_files_that_are_not_what_they_seem(tmp_path):
