@@ -13,7 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.race_figures import pyplot, save
+from tools.race_results import pyplot, save
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 METHODS = {"SPPO": ("-", "#08519c"), "PPO": ("--", "#d94801"), "PPO, not whitened": ("-.", "#fd8d3c"),
@@ -95,7 +95,6 @@ def draw(plt, runs):
         axes.set(title=f"{name}, seeds: {seeds}", xlabel="trajectories", ylim=(0, 1.02))
     panels[0][0].set_ylabel("share of successes")
     panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
     return figure
 
 
