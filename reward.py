@@ -150,7 +150,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [
     (r"(?<![\d}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
     (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "),
     (r"(?i:(?<![a-z\\])(?:and|or)(?![a-z]))|[;或和]", ","),
-    (r"^(?:\\text\s*\{)?[A-Za-z]{2}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
+    (r"^(?:\\text\s*\{)?[A-Za-z]{3}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*[\d.]+)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
     (r"(?<=[\d})])\s*(?:\^\s*\\circ\s*(?:\\text\s*\{?\s*[CFK]\s*\}?|[CFK])?|"  # 30 degrees, 12th, 5 cm^2
      r"\^\{\s*\\text\s*\{?\s*(?:st|nd|rd|th)\s*\}?\s*\}|(?:\\text\s*\{(?!\s*i\s*\})[^{}\d]*\}|"
@@ -185,8 +185,8 @@ def clean(text):
 
 
 def plain(text):
-    """A text as it is compared where it cannot be read: without spaces, fonts, braces and case."""
-    return re.sub(r"\\text\s*|[\s{}\"'“”]|\\(?=[{}])|[.:,;]+$", "", clean(text)).casefold()
+    """A text as it is compared where it cannot be read: without spaces, fonts and braces."""
+    return re.sub(r"\\text\s*|[\s{}\"'“”]|\\(?=[{}])|[.:,;]+$", "", clean(text))
 
 
 def choice(text):
@@ -306,13 +306,14 @@ def equal(answer, gold):
     gold = re.sub(r"^\[\s*(['\"])(.*)\1\s*\]$", r"\2", gold.strip())  # a list of one text
     if (known := equal_at_once(answer.strip(), gold)) is not None:
         return known
-    if plain(answer) == plain(gold) != "" or plain(gold) in PLACEHOLDERS:
-        return plain(gold) not in PLACEHOLDERS
+    words = plain(gold).casefold()
+    if plain(answer) == plain(gold) != "" or words in PLACEHOLDERS:
+        return words not in PLACEHOLDERS
     chosen, given = choice(gold), choice(answer)
     if chosen and (not chosen[1] or given and not given[1]):
-        return given is not None and given[0] == chosen[0]
-    if _WORDS.fullmatch(plain(gold)):
-        return False
+        return given is not None and given[0] == chosen[0] or plain(answer).casefold() == words
+    if _WORDS.fullmatch(words):
+        return plain(answer).casefold() == words
     gold = chosen[1] if chosen else gold
     a, b, texts = read(gold), read(answer), (clean(gold), clean(answer))
     if a is None:
@@ -330,7 +331,7 @@ def equal(answer, gold):
 def verifiable(gold):
     """Whether a gold answer is words, or can be read and compared: no other can be met by two texts."""
     if _WORDS.fullmatch(plain(gold)) or choice(gold):
-        return plain(gold) not in PLACEHOLDERS
+        return plain(gold).casefold() not in PLACEHOLDERS
     equal("0", gold)  # some can be read, but no comparison with them ends before the deadline
     return read(gold) is not None
 
