@@ -35,7 +35,8 @@ from rollout import make_verifier, sample_and_verify
 BENCHMARKS = {
     "aime24": "HuggingFaceH4/aime_2024", "aime25": "math-ai/aime25:test", "amc23": "math-ai/amc23:test",
     "math500": "HuggingFaceH4/MATH-500:test", "minerva": "math-ai/minervamath:test",
-    "brumo25": "MathArena/brumo_2025", "hmmt25": "MathArena/hmmt_feb_2025", "gsm8k": "openai/gsm8k/main:test",
+    "beyondaime": "ByteDance-Seed/BeyondAIME:test", "brumo25": "MathArena/brumo_2025",
+    "hmmt25": "MathArena/hmmt_feb_2025", "gsm8k": "openai/gsm8k/main:test",
     "deepscaler": "agentica-org/DeepScaleR-Preview-Dataset", "dapo17k": "BytedTsinghua-SIA/DAPO-Math-17k"}
 TEMPERATURE, TOP_P = 0.6, 0.95  # the papers'
 

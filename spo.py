@@ -73,7 +73,10 @@ class ValueTracker:
 
 def normalize(advantages):
     """[B] minus its mean, divided by its standard deviation. In float64, or equal advantages would become
-    rounding divided by rounding."""
+    rounding divided by rounding.
+
+    Each response counts once, as in the paper. But the loss averages over tokens, so where long responses
+    have other advantages than short ones, the mean over tokens is not 0 (SPO++, arXiv 2608.24870)."""
     advantages = advantages.double()
     spread = advantages.std(correction=min(1, len(advantages) - 1))  # of one: 0
     return (advantages - advantages.mean()) / (spread + 1e-8)

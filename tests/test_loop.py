@@ -44,7 +44,7 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
         reward.set_result(float("greedy" in text))
         return reward
 
-    verifier = SimpleNamespace(submit=submit, timeouts=0, crashes=0)
+    verifier = SimpleNamespace(submit=submit, timeouts=0, crashes=0, errors=0)
     sampler = Sampler(TrainConfig(), tokenizer, SimpleNamespace(generate=generate), verifier, Clock(device))
     batch = sampler.sample(problems, samples=3, greedy=True)
     assert [p.id for p in batch.problems] == [p.id for p in problems for _ in range(3)]
