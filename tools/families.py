@@ -55,8 +55,8 @@ FAMILIES = {  # name: config class, and what differs from SIZES
     "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=2, n_layers=2)),
     "Mamba-2": ("Mamba2Config", dict(num_heads=2, n_groups=1, state_size=16)),
     "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS | dict(layer_types=["conv", "full_attention"]))}
-OPTIONS = ("--steps 2 --lr 0 --critic-lr 0 --dataset chain:64 --prompts-per-step 8 --minibatch 4 --eval-every 0"
-           " --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 --temperature 1 --dtype float32")
+OPTIONS = ("--steps 2 --lr 0 --critic-lr 0 --dataset chain:64 --prompts-per-step 8 --minibatch 4 "
+           "--eval-every 0 --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 --temperature 1 --dtype float32")
 
 
 def build(name, folder):
@@ -119,7 +119,7 @@ def attempt(name, engine, ranks=1):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="*", default=[*FAMILIES], metavar="FAMILY")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--ranks", type=int, default=1)
