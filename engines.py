@@ -309,6 +309,8 @@ class TransformersEngine:
                  pause_after=None, wait_for=()):
         """As VLLMEngine's, in batches of prompts of about the same length. But no response can be paused or
         continued, and `max_tokens` is one number."""
+        if pause_after is not None:
+            raise InputError("--oversample needs vLLM: transformers cannot pause a response; leave it out")
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         seeds = seeds or torch.randint(2**62, (len(prompts),), generator=self.random).tolist()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -49,15 +49,15 @@ FAMILIES = {  # name: config class, and what differs from SIZES
     "Qwen3-MoE": ("Qwen3MoeConfig", EXPERTS), "Mixtral": ("MixtralConfig", EXPERTS),
     "GLM-4-MoE": ("Glm4MoeConfig", EXPERTS),
     "DeepSeek-V3": ("DeepseekV3Config", EXPERTS | dict(
-        num_key_value_heads=2, head_dim=16, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16,
-        qk_nope_head_dim=16, v_head_dim=32)),
+        topk_method="noaux_tc", num_key_value_heads=2, head_dim=16, q_lora_rank=None, kv_lora_rank=32,
+        qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32)),
     "GPT-OSS": ("GptOssConfig", EXPERTS | WINDOW), "Falcon": ("FalconConfig", {}),
     "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=2, n_layers=2)),
     "Mamba-2": ("Mamba2Config", dict(num_heads=2, n_groups=1, state_size=16)),
     "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS | dict(layer_types=["conv", "full_attention"]))}
-OPTIONS = ("--steps 2 --lr 0 --critic-lr 0 --dataset chain:64 --prompts-per-step 8 --minibatch 4"
-           " --eval-every 0 --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 --temperature 1"
-           " --dtype float32")
+OPTIONS = ("--steps 2 --lr 0 --critic-lr 0 --dataset chain:64 --prompts-per-step 8 --minibatch 4 "
+           "--eval-every 0 --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 "
+           "--temperature 1 --dtype float32")
 
 
 def build(name, folder):
@@ -120,8 +120,7 @@ def attempt(name, engine, ranks=1):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="*", default=[*FAMILIES], metavar="FAMILY")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--ranks", type=int, default=1)
