@@ -493,6 +493,7 @@ class TrainConfig(CommandLine):
                 raise InputError(f"--{package}: is not installed; pip install {package}")
         if not self.explain:
             checkpoint.check_output(self.output, self.resume)
+        data.file_of(self.dataset)  # it takes no time to see that there is no such file
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code
         engine_class(self)  # is there one, with these options?
         if not self.explain and (problem := checkpoint.unwritable(self.output)):
