@@ -72,6 +72,7 @@ class CommandLine:
     """
 
     OWN, BUILTIN = (), {}
+    TYPED = ()  # options that let code run, which no file of a run may bring along
 
     def __post_init__(self):
         own, options = self.defaults(), {}
@@ -87,8 +88,12 @@ class CommandLine:
         if model and (Path(model).resolve().is_relative_to(BUILTIN_MODEL) or task == "chain"):
             defaults |= self.BUILTIN
         missing = [name for name in own if getattr(self, name) is None]
+        for name in self.TYPED:
+            if name in missing and options.get(name):
+                raise InputError(f"{run}: was trained with --{name} {options[name]}; type it again, because "
+                                 f"it runs code (or --{name} '' for none)")
         brought = {name: options[name] for name in missing
-                   if name not in self.OWN and options.get(name) is not None}
+                   if name not in (*self.OWN, *self.TYPED) and options.get(name) is not None}
         for name in missing:
             setattr(self, name, {**defaults, **brought}[name])
         # What `check` tells. Not a field: config.json has the values, whoever brought them.

@@ -69,10 +69,9 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
         if len(rows) < int(argument or 0):
             raise InputError(f"{spec}: the built-in task has {len(rows)} rows; ask for no more")
         prompt_field = answer_field = None
-    elif spec.endswith(ENDINGS) or spec.startswith(("/", ".", "~")) or Path(spec).exists() or "/" not in spec:
-        rows = file_rows(Path(spec).expanduser())
     else:
-        rows = hub_rows(spec, fields)
+        file = file_of(spec)
+        rows = file_rows(file) if file else hub_rows(spec, fields)
     # DAPO-17k on the hub repeats each problem a hundred times, so rows like earlier ones are not parsed.
     count, seen, problems = 0, set(), {}  # problems: by what they say
     for i, row in enumerate(rows):
@@ -89,8 +88,13 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
     return [*problems.values()]
 
 
-def file_rows(path):
-    """The rows of a file as dictionaries. Raises InputError if it cannot be read, for one of many reasons."""
+def file_of(spec):
+    """The path of the file that `spec` means, or None for the built-in task or a dataset on the hub. Raises
+    InputError if there is no such file, or none of a kind that is read."""
+    if spec.partition(":")[0] == "chain" or not (spec.endswith(ENDINGS) or spec.startswith(("/", ".", "~"))
+                                                 or Path(spec).exists() or "/" not in spec):
+        return None
+    path = Path(spec).expanduser()
     kinds = f"give a file that ends with {', '.join(ENDINGS)}"
     if path.is_dir():
         raise InputError(f"{path}: is a folder; {kinds}")
@@ -98,6 +102,11 @@ def file_rows(path):
         raise InputError(f"{path}: no such file; give the path of one (--help lists what --dataset takes)")
     if not path.name.endswith(ENDINGS):
         raise InputError(f"{path}: is of a kind that is not read; {kinds}")
+    return path
+
+
+def file_rows(path):
+    """The rows of a file as dictionaries. Raises InputError if it cannot be read."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
         try:

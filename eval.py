@@ -262,6 +262,7 @@ class EvalConfig(CommandLine):
     # As in sppo.py: what the model of a run does not bring along.
     OWN = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
            "trust_remote_code")
+    TYPED = ("reward",)
     # The built-in model makes mistakes only at the temperature that it is trained at.
     BUILTIN = dict(
         benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=112, dtype="float32")

@@ -467,6 +467,7 @@ class TrainConfig(CommandLine):
     OWN = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
            "micro_batch_tokens", "replicas", "offload", "resume", "samples", "tensorboard", "wandb",
            "deterministic", "explain", "trust_remote_code")
+    TYPED = ("reward",)
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
         steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,
@@ -493,6 +494,8 @@ class TrainConfig(CommandLine):
                 raise InputError(f"--{package}: is not installed; pip install {package}")
         if not self.explain:
             checkpoint.check_output(self.output, self.resume)
+        if is_main():  # on other nodes the file need not be
+            data.file_of(self.dataset)
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code
         engine_class(self)  # is there one, with these options?
         if not self.explain and (problem := checkpoint.unwritable(self.output)):

@@ -46,6 +46,10 @@ def test_a_trained_model_brings_its_runs_options_and_what_is_typed_has_precedenc
         assert EvalConfig(model=model, benchmarks=("aime24",)).benchmarks == ("aime24",)
     chain = EvalConfig(model=finished_run(tmp_path / "chain", dataset="chain:1280", dtype="float32", temperature=1.0))
     assert (chain.benchmarks, chain.top_p, chain.temperature) == (("chain",), 1.0, 1.0)
+    coded = finished_run(tmp_path / "coded", reward="mine.py:score")
+    with pytest.raises(InputError, match="was trained with --reward mine.py:score; type it again, because it runs code"):
+        EvalConfig(model=coded)
+    assert EvalConfig(model=coded, reward="mine.py:score").reward and not EvalConfig(model=coded, reward="").reward
     (tmp_path / "run/model/config.json").unlink()
     with pytest.raises(InputError, match="is a run that has not ended"):
         TrainConfig(model=run)

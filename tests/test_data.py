@@ -114,7 +114,7 @@ def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, cap
             for i in range(2500)]
     asked, parse = [], data.parse_row
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
-    monkeypatch.setattr(data, "parse_row", lambda row, i, spec: asked.append(i) or parse(row, i, spec))
+    monkeypatch.setattr(data, "parse_row", lambda row, i, *options: asked.append(i) or parse(row, i, *options))
     problems = load_problems("hub/repeats")
     assert [(p.id, p.answer) for p in problems] == [(0, "0"), (1, "1"), (2, "2")] and asked == [0, 1, 2]
     printed = capsys.readouterr().out
