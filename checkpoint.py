@@ -52,6 +52,18 @@ def existing(output):
     return sorted(Path(output, "checkpoints").glob("step-" + 8 * "[0-9]"))
 
 
+def check_output(output, resume):
+    """Raises InputError if a new run would overwrite what an earlier one has learned, or if a run to resume
+    has ended and left no checkpoint."""
+    if existing(output):
+        if not resume:
+            raise InputError(f"{output}: holds checkpoints of a run; give --resume or another --output (to "
+                             "train a finished one longer: --resume and more --steps)")
+    elif Path(output, "model").exists():
+        raise InputError(f"{output}: holds a finished run without checkpoints; give another --output (to "
+                         f"train its model further, also --model {output})")
+
+
 def save(run, baseline, log, step):
     """All ranks. Writes a checkpoint, and deletes all but the newest KEEP. Returns whether it was saved.
 
@@ -214,9 +226,9 @@ def unwritable(output):
 
 def lock(output):
     """Keeps other runs from writing into this output folder for as long as this process
-    lives. Rank 0 calls it."""
+    lives, or until the file that it returns is closed. Rank 0 calls it."""
     Path(output).mkdir(parents=True, exist_ok=True)
-    held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the process ends
+    held = open(Path(output) / "lock", "w")  # noqa: SIM115 - open until the run ends
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -227,21 +239,27 @@ def lock(output):
 
 
 class Stop:
-    """After SIGTERM or Ctrl-C the running step is finished and saved; a second signal ends the process.
+    """`with Stop() as stop`: after SIGTERM or Ctrl-C the running step is finished and saved. A second signal
+    does what it does elsewhere: Ctrl-C raises KeyboardInterrupt, which leaves a notebook alive.
 
     A second one within two seconds is ignored: schedulers and torchrun often send two for one request.
     """
+    requested = 0.0  # when the first signal came; 0 if none has
 
-    def __init__(self):
-        self.requested = 0.0  # when the first signal came; 0 if none has
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
+    def __enter__(self):
+        self.found = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.found.items():
+            signal.signal(number, handler)
 
     def _request(self, number, frame):
         now = time.monotonic()
         if self.requested and now - self.requested > 2:
-            signal.signal(number, signal.SIG_DFL)
+            self.__exit__()
             os.kill(os.getpid(), number)
+            return
         self.requested = self.requested or now
         with contextlib.suppress(OSError):
             if is_main():

@@ -1,14 +1,20 @@
-"""The plumbing of every script: its options, its clock, what it prints and what it writes. No algorithm here.
+"""The plumbing of every script: its options, and its errors. No algorithm here.
 
-`option` and `CommandLine` make a dataclass into a command line. `Log` turns the metrics of a step into a line
-on the screen and an object in metrics.jsonl. This file imports no other of ours: all of them may import it.
+`option` and `CommandLine` make a dataclass into a command line, and fill in the defaults that belong to a
+model. `InputError` is what a user can put right. This file imports no other of ours: all may import it.
 """
 import argparse
 import contextlib
 import dataclasses
+import difflib
+import functools
+import json
 import math
 import os
+import shutil
+import signal
 import sys
+import textwrap
 import time
 import typing
 from pathlib import Path
@@ -40,27 +46,80 @@ def say(text=""):
 def option(default, help, *, group=None, positive=False, most=math.inf):
     """A field of a config dataclass that is also a command-line option.
 
-    default, help: its default, and its line in --help.
+    default, help: its default, and its line in --help. The field itself is None until `CommandLine` knows
+        which model is used, because a model can have defaults of its own.
     group: the heading in --help under which this option and those after it stand.
     positive: a number must be greater than 0; without it, 0 or more. most: it may be this much at most.
     `CommandLine.check` refuses others.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, limits=(positive, most)))
+    return dataclasses.field(default=None, metadata=dict(
+        default=default, help=help, group=group, limits=(positive, most)))
+
+
+def run_of(model):
+    """The output folder of the run that trained `model`, which is this folder or its `model/`; or None."""
+    path = Path(model)
+    places = (path, path.parent) if path.name == "model" else (path,)
+    return next((run for run in places if (run / "metrics.jsonl").is_file()), None)
 
 
 class CommandLine:
     """Base of a config dataclass whose fields are the options.
 
-    `BUILTIN` has the defaults that differ where the built-in model is used.
+    A field that is not given, on the command line or in Python, takes the first of these defaults: what the
+    model's own run was trained with (if `model` is the folder of a run, and the option not in `OWN`),
+    `BUILTIN` (if it is the built-in model, or was trained on its task), and the option's own.
     """
 
-    BUILTIN = {}
+    OWN, BUILTIN = (), {}
+
+    def __post_init__(self):
+        own, options = self.defaults(), {}
+        defaults = dict(own)
+        model = getattr(self, "model", None) or own.get("model")
+        if model and (run := run_of(model)):
+            if not (run / "model" / "config.json").is_file():
+                raise InputError(f"{model}: is a run that has not ended, so it has no model yet; continue it "
+                                 "with --resume")
+            model = self.model = str(run / "model")
+            options = self.options_of(run)
+        task = str(options.get("dataset", "")).partition(":")[0]
+        if model and (Path(model).resolve().is_relative_to(BUILTIN_MODEL) or task == "chain"):
+            defaults |= self.BUILTIN
+        missing = [name for name in own if getattr(self, name) is None]
+        brought = {name: options[name] for name in missing
+                   if name not in self.OWN and options.get(name) is not None}
+        for name in missing:
+            setattr(self, name, {**defaults, **brought}[name])
+        # What `check` tells. Not a field: config.json has the values, whoever brought them.
+        self.brought = ", ".join(f"--{name.replace('_', '-')} {shown(value)}"
+                                 for name, value in brought.items() if value != own[name])
 
     @classmethod
-    def parse(cls, description, arguments=None):
-        """The config that the command line (or a list of `arguments`) asks for."""
+    def defaults(cls):
+        """{name: default} of all options, as they are for a model that brings none of its own."""
+        return {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
+
+    @staticmethod
+    def options_of(run):
+        """{name: value} of the options that a run (its folder) was given, as it has written them down."""
+        try:
+            options = json.loads((run / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{run}/config.json: cannot be read ({error}); copy the run's model/ elsewhere, "
+                             "and give that") from None
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+
+    @classmethod
+    def parse(cls, description, arguments=None, positional=None):
+        """The config that the command line (or a list of `arguments`) asks for.
+
+        positional: the option that may also be given without its name, anywhere among the others.
+        """
+        width = shutil.get_terminal_size().columns - 2
+        layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=30)
         parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            description=fitted(description or "", width), formatter_class=layout, allow_abbrev=False,
             usage="%(prog)s [OPTIONS]", argument_default=argparse.SUPPRESS)  # only what was typed
         groups, heading = {}, "options"
         for field in dataclasses.fields(cls):
@@ -68,18 +127,22 @@ class CommandLine:
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)
             groups[heading].add_argument("--" + field.name.replace("_", "-"), **cls._argument(field))
-        given = {name: tuple(value) if isinstance(value, list) else value
-                 for name, value in vars(parser.parse_args(arguments)).items()}
-        # The built-in model has its own defaults. What was typed has precedence over all defaults.
-        builtin = Path(given.get("model", BUILTIN_MODEL)).resolve().is_relative_to(BUILTIN_MODEL)
-        return cls(**{**(cls.BUILTIN if builtin else {}), **given})
+        given, unknown = parser.parse_known_args(arguments)
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(given).items()}
+        if positional and unknown and not unknown[0].startswith("-"):
+            given.setdefault(positional, unknown.pop(0))
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, ["--" + f.replace("_", "-") for f in cls.defaults()], 1)
+            parser.error(f"{name}: there is no such option" + (f"; did you mean {near[0]}?" if near else
+                                                               "; --help lists all of them"))
+        return cls(**given)
 
     @classmethod
     def _argument(cls, field):
         """The keyword arguments of argparse's `add_argument` for a field."""
-        def shown(value):
-            return " ".join(map(str, value)) if isinstance(value, tuple) else value
-        note = f" [{shown(field.default)}]" if field.default not in (None, (), BUILTIN_MODEL) else ""
+        default = field.metadata["default"]
+        note = f" [{shown(default)}]" if default not in (None, (), BUILTIN_MODEL) else ""
         if field.name in cls.BUILTIN:
             note += f" [built-in model: {shown(cls.BUILTIN[field.name])}]"
         help = (field.metadata["help"] + note).replace("%", "%%")
@@ -87,25 +150,44 @@ class CommandLine:
             return dict(help=help, action=argparse.BooleanOptionalAction)
         # `str | None` is a str, `tuple[str, ...]` is several, and `Literal["a", "b"]` is a choice.
         kinds = [t for t in typing.get_args(field.type) if t not in (type(None), ...)] or [field.type]
-        several = dict(nargs="+") if isinstance(field.default, tuple) else {}
+        several = dict(nargs="+") if isinstance(default, tuple) else {}
         if isinstance(kinds[0], type):
             return dict(help=help, type=kinds[0], metavar=kinds[0].__name__.upper(), **several)
         return dict(help=help, choices=kinds, **several)
 
     def check(self):
-        """Raises InputError for a number that no run can use. Scripts add their own checks."""
+        """Raises InputError for a value that no run can use. Scripts add their own checks."""
         for field in dataclasses.fields(self):
             value, (positive, most) = getattr(self, field.name), field.metadata["limits"]
-            if isinstance(value, int | float) and not (0 <= value <= most and (value or not positive)):
+            name = f"--{field.name.replace('_', '-')}"
+            if isinstance(value, int | float) and not (
+                    0 <= value <= most and (value or not positive) and math.isfinite(value)):
                 allowed = "greater than 0" if positive else "0 or more"
-                allowed += "" if most == math.inf else f" and at most {most}"
-                raise InputError(f"--{field.name.replace('_', '-')} {value}: must be {allowed}")
+                allowed += " and finite" if most == math.inf else f" and at most {most}"
+                raise InputError(f"{name} {value}: must be {allowed}")
+            choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+            if choices and value not in choices:
+                raise InputError(f"{name} {value}: must be one of {', '.join(choices)}")
+        if self.brought:
+            say(f"{run_of(self.model)}: was trained with {self.brought}: these are the defaults here")
+
+
+def shown(value):
+    """A value as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def fitted(text, width):
+    """A docstring with its paragraphs broken anew, if the terminal is narrower than they are."""
+    parts = text.split("\n\n")
+    return "\n\n".join(part if part.startswith(" ") or max(map(len, part.splitlines()), default=0) <= width
+                       else textwrap.fill(part, width) for part in parts)
 
 
 @contextlib.contextmanager
 def clear_errors():
-    """Turns an InputError into one sentence and exit code 2. Other errors are bugs: they
-    keep their traceback."""
+    """Turns an InputError into one sentence and exit code 2, and Ctrl-C into its usual exit code.
+    Other errors are bugs: they keep their traceback."""
     try:
         yield
     except InputError as error:
@@ -113,3 +195,5 @@ def clear_errors():
             time.sleep(5)  # rank 0 most likely says the same, and then torchrun ends this process
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

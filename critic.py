@@ -97,7 +97,7 @@ class PromptCritic(ShardedModel):
         return self.infer(self.forward, prompts, [len(p) for p in prompts], (len(prompts),))
 
     def update(self, prompts, rewards):
-        """One epoch of BCE(V(s), R) in mini-batches. rewards [B] in {0, 1}. Returns metrics."""
+        """One epoch of BCE(V(s), R) in mini-batches. rewards [B] in [0, 1]. Returns metrics."""
         steps = []
         with self.on_device():
             for start in range(0, len(prompts), self.minibatch):
@@ -123,13 +123,11 @@ def calibration(values, rewards):
 
 
 def auc(scores, labels):
-    """The chance that a solved prompt is scored above an unsolved one; ties count half. None if
-    there is one class."""
-    positive, negative = scores[labels > 0.5], np.sort(scores[labels <= 0.5])
-    if not len(positive) or not len(negative):
-        return None
-    below, not_above = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
-    return float((below + not_above).mean() / 2 / len(negative))
+    """The chance that of two prompts with different rewards the one with more is scored higher; ties count
+    half. With rewards of 0 and 1: that a solved prompt is scored above an unsolved one. None if all are
+    equal."""
+    more = labels[:, None] > labels  # [B, B]
+    return float(1 + np.sign(scores[:, None] - scores)[more].mean()) / 2 if more.any() else None
 
 
 def explained_variance(values, targets):

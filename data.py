@@ -1,8 +1,11 @@
 """Problems: where they come from, how one becomes a prompt, and whether a model can read it.
 
-`load_problems(spec)` reads the built-in task, a `.jsonl` or `.parquet` file, or a dataset on the hub.
+`load_problems(spec)` reads the built-in task, a file (JSON, CSV or parquet), or a dataset on the hub.
 Whatever the source, a problem is a list of chat messages and a gold answer.
 """
+import csv
+import gzip
+import io
 import json
 import random
 import re
@@ -18,11 +21,17 @@ from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
 
-# What DAPO-Math-17k's prompts say on the hub. It asks for another form of answer than BOXED_SUFFIX does.
+# A sentence that asks for another form of answer than BOXED_SUFFIX does, such as GSM8K's, and DAPO-Math-17k's
+# on the hub. They are removed, because two orders contradict each other.
+OTHER_FORM = re.compile(
+    r"""[^.?!\n]*\b(?:put|write|give|provide|state|end|output|return|place|finish|conclude|report)\b[^.?!\n]*"""
+    r"""(?:\#{4}|"Answer:"|'Answer:')[^.?!\n]*(?:[.!]["']?(?=\s|$)|(?=\n|$))""", re.IGNORECASE)
 DAPO_WORDING = re.compile(
     r"^Solve the following math problem step by step\. The last line of your response should be of the form "
     r"Answer: \$?Answer \(without quotes\) where \$?Answer is the answer to the problem\.\s*"
     r'|\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
+
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")  # of files
 
 # A row is read by the first of these fields that it has.
 PROMPT_FIELDS = ("problem", "question", "prompt")
@@ -41,50 +50,72 @@ class Problem:
 
 # ---- reading problems --------------------------------------------------------------------------------------
 
-def load_problems(spec):
+def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False):
     """All problems of `spec`, in their source's order, duplicates removed:
 
         chain or chain:SIZE         the built-in task: the first 8,192 rows of builtin/chain.jsonl, or SIZE
-        FILE.jsonl, FILE.parquet    one problem a row
+        FILE                        one problem a row: ENDINGS; a .json file has a list of rows
         HUB/NAME[/CONFIG][:SPLIT]   a hub dataset; the split is `train` unless named
 
-    Raises InputError, naming the file and the row, for what cannot be read.
+    prompt_field, answer_field: the fields to read, for rows that name them otherwise than PROMPT_FIELDS and
+    ANSWER_FIELDS. suffix: what each prompt asks for at its end. own_reward: the answers are for a reward of
+    the user's own, and are kept as they are. Raises InputError, naming the file and the row, for what cannot
+    be read.
     """
     name, _, argument = spec.partition(":")
+    fields = {*FIELDS, prompt_field, answer_field}
     if name == "chain" and (not argument or argument.isdigit()):
-        rows = islice(file_rows(Path(BUILTIN_MODEL, "chain.jsonl")), int(argument or 8192))
-    elif spec.endswith((".jsonl", ".parquet")):
-        rows = file_rows(Path(spec))
+        rows = [*islice(file_rows(Path(BUILTIN_MODEL, "chain.jsonl")), int(argument or 8192))]
+        if len(rows) < int(argument or 0):
+            raise InputError(f"{spec}: the built-in task has {len(rows)} rows; ask for no more")
+        prompt_field = answer_field = None
+    elif spec.endswith(ENDINGS) or spec.startswith(("/", ".", "~")) or Path(spec).exists() or "/" not in spec:
+        rows = file_rows(Path(spec).expanduser())
     else:
-        rows = hub_rows(spec)
+        rows = hub_rows(spec, fields)
     # DAPO-17k on the hub repeats each problem a hundred times, so rows like earlier ones are not parsed.
     count, seen, problems = 0, set(), {}  # problems: by what they say
     for i, row in enumerate(rows):
         count = i + 1
-        said = repr([row.get(field) for field in FIELDS] if isinstance(row, dict) else row)
+        said = repr([row.get(field) for field in fields] if isinstance(row, dict) else row)
         if said not in seen:
             seen.add(said)
-            problem = parse_row(row, i, spec)
+            problem = parse_row(row, i, spec, prompt_field, answer_field, suffix, own_reward)
             problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
-    if len(problems) < count / 2:
-        say(f"{spec}: {count:,} rows, which repeat {len(problems):,} problems")
+    if len(problems) < count:
+        say(f"{spec}: dropped {count - len(problems):,} of {count:,} rows, which repeat earlier ones")
     return [*problems.values()]
 
 
 def file_rows(path):
+    """The rows of a file as dictionaries. Raises InputError if it cannot be read, for one of many reasons."""
+    kinds = f"give a file that ends with {', '.join(ENDINGS)}"
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; {kinds}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of one (--help lists what --dataset takes)")
+    if not path.name.endswith(ENDINGS):
+        raise InputError(f"{path}: is of a kind that is not read; {kinds}")
     if path.suffix == ".parquet":
         import pyarrow.parquet
         try:
-            for part in pyarrow.parquet.ParquetFile(path).iter_batches():  # as Python objects, all take much
-                yield from part.to_pylist()
+            parts = pyarrow.parquet.ParquetFile(path).iter_batches()  # as Python objects, all take much
+            return (row for part in parts for row in part.to_pylist())
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"{path}: is not a parquet file ({error})") from None
-        return
-    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    text = data.decode("utf-8-sig", errors="replace")  # -sig: without the mark that Windows puts first
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows}[kind](path, text)
+
+
+def json_lines(path, text):
+    for i, line in enumerate(text.split("\n")):
         try:
             if line.strip():
                 yield json.loads(line)
@@ -92,7 +123,25 @@ def file_rows(path):
             raise InputError(f"{path}, line {i + 1}: is not JSON ({error}); give one object a line") from None
 
 
-def hub_rows(spec):
+def json_list(path, text):
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}); an object a line is .jsonl") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: is a {type(rows).__name__}, not a list of rows")
+    return rows
+
+
+def csv_rows(path, text):
+    csv.field_size_limit(2**31 - 1)  # or a long solution would be refused
+    try:
+        yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    except csv.Error as error:
+        raise InputError(f"{path}: is not CSV ({error})") from None
+
+
+def hub_rows(spec, fields):
     say(f"Reading {spec} from the hub.")
     name, _, split = spec.partition(":")
     parts = name.split("/", 2)  # HUB, NAME and, where it is given, CONFIG
@@ -100,9 +149,9 @@ def hub_rows(spec):
         import datasets
         rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; each is about this name
-        raise InputError(f"{spec}: is neither a .jsonl or .parquet file nor a dataset on the hub in reach "
+        raise InputError(f"{spec}: is neither a file that is here nor a dataset on the hub in reach "
                          f"({first_line(error)}); without a network, give a file") from None
-    for part in rows.select_columns([name for name in rows.column_names if name in FIELDS]).iter(1000):
+    for part in rows.select_columns([name for name in rows.column_names if name in fields]).iter(1000):
         yield from (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
 
 
@@ -112,36 +161,58 @@ def is_chat(prompt):
     return chat and all(isinstance(m.get("content"), str) for m in prompt) and prompt[-1]["role"] == "user"
 
 
-def parse_row(row, i, spec):
-    """One row of any accepted layout as a Problem."""
+def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False):
+    """One row of any accepted layout as a Problem. `drop_unverifiable` counts empty answers."""
     where = f"{spec}, row {i + 1}"
     if not isinstance(row, dict):
         raise InputError(f"{where}: is a {type(row).__name__}, not an object; {EXPECTED}")
-    prompt = next((row[f] for f in PROMPT_FIELDS if row.get(f)), None)
-    answer = next((row[f] for f in ANSWER_FIELDS if row.get(f) is not None), None)
-    if isinstance(row.get("reward_model"), dict):  # verl
+    has = f"it has the fields {', '.join(map(str, row)) or '(none)'}"
+    for option, field in (("--prompt-field", prompt_field), ("--answer-field", answer_field)):
+        if field and field not in row:
+            raise InputError(f"{where}: has no field {field!r} for {option}; {has}")
+    prompt = next((row[f] for f in (prompt_field and [prompt_field]) or PROMPT_FIELDS if row.get(f)), None)
+    answer = next((row[f] for f in (answer_field and [answer_field]) or ANSWER_FIELDS
+                   if row.get(f) is not None), None)
+    if isinstance(row.get("reward_model"), dict) and not answer_field:  # verl
         answer = row["reward_model"].get("ground_truth")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
-        raise InputError(f"{where}: has no problem; {EXPECTED}")
+        raise InputError(f"{where}: has no problem; {has}; {EXPECTED} (or name yours with --prompt-field)")
     if not is_chat(prompt):
         raise InputError(f"{where}: its prompt is not a list of chat messages, the user's last; {EXPECTED}")
+    if isinstance(answer, dict | list) and own_reward:
+        answer = json.dumps(answer)
+    if isinstance(answer, list | dict):
+        raise InputError(f"{where}: its answer is a {type(answer).__name__}; give text or a number")
     if not isinstance(answer, str | int | float):
-        raise InputError(f"{where}: has no answer; {EXPECTED}")
+        raise InputError(f"{where}: has no answer; {has}; {EXPECTED} (or name yours with --answer-field)")
     # A JSON string may hold half of a surrogate pair, which no tokenizer accepts: it becomes a question mark.
     texts = [str(answer), *(m["content"] for m in prompt)]
     answer, *contents = (text.encode(errors="replace").decode() for text in texts)
-    if "\\boxed" in answer:  # a worked solution
-        answer = last_boxed(answer) or ""
-    answer = answer.rpartition("####")[2].strip()  # GSM8K's
-    if not answer:
-        raise InputError(f"{where}: its answer is empty; every problem needs one")
+    if not own_reward:
+        if "\\boxed" in answer or "\\fbox" in answer:  # a worked solution
+            answer = last_boxed(answer) or ""
+        answer = answer.rpartition("####")[2].strip()  # GSM8K's
     messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
-    messages[-1]["content"] = DAPO_WORDING.sub("", messages[-1]["content"])
-    if not any("\\boxed" in m["content"] for m in messages):  # once, never twice
-        messages[-1]["content"] += f" {BOXED_SUFFIX}"
+    if suffix == BOXED_SUFFIX:
+        messages[-1]["content"] = OTHER_FORM.sub("", DAPO_WORDING.sub("", messages[-1]["content"])).strip()
+    asked = "\\boxed" if suffix == BOXED_SUFFIX else suffix
+    if suffix and not any(asked in m["content"] for m in messages):  # once, never twice
+        messages[-1]["content"] += f" {suffix}"
     return Problem(i, tuple(messages), answer)
+
+
+def write_problems(path, problems, c):
+    """Writes Problems as a file that `load_problems` reads with the same options `c`."""
+    rows = ({c.prompt_field or "prompt": p.messages, c.answer_field or "answer": p.answer} for p in problems)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def reading(c):
+    """The keyword arguments of `load_problems` that a script's options ask for."""
+    return dict(prompt_field=c.prompt_field, answer_field=c.answer_field, suffix=c.suffix,
+                own_reward=bool(c.reward))
 
 
 # ---- the problems of a training run ------------------------------------------------------------------------
@@ -157,7 +228,7 @@ def training_problems(c, tokenizer):
     """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
     too long for the policy's tokenizer or the critic's."""
     critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
-    limit, problems = c.max_prompt_tokens, load_problems(c.dataset)
+    limit, problems = c.max_prompt_tokens, load_problems(c.dataset, **reading(c))
     fitting = [p for p in problems if all(len(render(p.messages, t)) <= limit for t in [tokenizer, *critic])]
     if not fitting:
         raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
@@ -168,8 +239,8 @@ def training_problems(c, tokenizer):
 
 
 def drop_unverifiable(problems, held_out, verifier, dataset):
-    """Removes from both lists the problems whose gold answer math-verify cannot read: no response could be
-    right. Raises InputError if these are more than 1 %.
+    """Removes from both lists the problems whose gold answer is empty or cannot be read: hardly a response
+    could be right. Raises InputError if these are more than 1 %.
 
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
     on the same problems.
@@ -178,9 +249,11 @@ def drop_unverifiable(problems, held_out, verifier, dataset):
     bad = from_rank_0(lambda: {both[i].id for i in verifier.unverifiable([p.answer for p in both])})
     if bad:
         first = min((p for p in both if p.id in bad), key=lambda p: p.id)
-        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be parsed"
+        about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be read as "
+        about += "mathematics" if first.answer else "mathematics, since it is empty"
         if len(bad) > len(both) / 100:
-            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them")
+            raise InputError(f"{about} (as in {len(bad)} of {len(both)} rows); correct or remove them, or "
+                             "give a --reward of your own")
         say(f"{about}; dropped {len(bad)} of {len(both)} problems, to which no answer could be right")
     for part in (problems, held_out):
         part[:] = [p for p in part if p.id not in bad]

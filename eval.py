@@ -13,22 +13,23 @@ import hashlib
 import json
 import math
 import sys
-from collections import deque
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
 
-from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, say
-from data import check_model, load_problems, load_tokenizer, render
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, run_of, say
+from data import BOXED_SUFFIX, ENDINGS, check_model, load_problems, load_tokenizer, reading, render
 from engines import make_engine
 from log import progress
 from machine import check_ranks, compute_dtype, init_distributed
-from reward import MAX_ANSWER_CHARS, Verifier, equal, extract_answer
-from rollout import sample_and_verify
+from reward import MAX_ANSWER_CHARS, equal, extract_answer
+from rollout import make_verifier, sample_and_verify
 
 # Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
 BENCHMARKS = {
@@ -52,12 +53,12 @@ def majority_at_k(answers, gold, equal=equal):
     answers is right. Answers that are mathematically equal count as one, however they are written. None (no
     answer) has no vote."""
     groups = []  # [an answer, its votes]
-    for answer in answers:
+    for answer, votes in Counter(answers).items():  # each text is compared once
         if answer is not None and len(answer) <= MAX_ANSWER_CHARS:
-            group = next((g for g in groups if answer == g[0] or equal(answer, g[0])), None)
+            group = next((g for g in groups if equal(answer, g[0])), None)
             if group is None:
                 groups.append(group := [answer, 0])
-            group[1] += 1
+            group[1] += votes
     tied = [answer for answer, votes in groups if votes == max(v for _, v in groups)]
     return sum(float(equal(answer, gold)) for answer in tied) / max(1, len(tied))
 
@@ -71,23 +72,36 @@ def bootstrap_interval(values, resamples=2000):
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
+def best_of_k(rewards, k):
+    """The expected highest reward of k responses drawn from all. For rewards of 0 and 1 it is pass@k; else it
+    adds up the chance to reach each level that occurs, times its distance from the level below."""
+    levels = sorted({0.0, *rewards})
+    return sum((level - below) * pass_at_k(len(rewards), sum(r >= level for r in rewards), k)
+               for below, level in pairwise(levels))
+
+
 def per_problem(records, equal=equal):
-    """Each metric of one benchmark as an array over its problems. `records`: every response, see `record`."""
+    """Each metric of one benchmark as an array over its problems. `records`: every response, see `record`.
+    Without maj@k where equal is None: a reward of one's own does not say what a response's answer is."""
     records = sorted(records, key=lambda r: (r["problem"], r["sample"]))
-    rows = []
-    for _, group in groupby(records, key=lambda r: r["problem"]):
-        group = list(group)
-        n, right = len(group), sum(r["reward"] > 0 for r in group)
-        gold, known = group[0]["gold"], {r["answer"]: r["reward"] for r in group}
 
-        def same(a, b, gold=gold, known=known):  # what was verified when it was sampled is not verified again
-            return known[a] if b == gold and a in known else equal(a, b)
+    def row(group):
+        n, rewards, gold = len(group), [r["reward"] for r in group], group[0]["gold"]
+        known = {r["answer"]: r["reward"] for r in group}
 
-        rows.append({
-            f"avg@{n}": right / n, f"maj@{n}": majority_at_k([r["answer"] for r in group], gold, same),
-            **{f"pass@{k}": pass_at_k(n, right, k) for k in range(1, n + 1)},
-            "tokens": sum(r["tokens"] for r in group) / n,
-            "cut off": sum(not r["finished"] for r in group) / n})
+        def same(a, b):  # what was verified when it was sampled is not verified again
+            if b == gold or (known[a] or known[b]):  # all right answers are equal, and no wrong one is right
+                return known[a] if b == gold else known[a] == known[b]
+            return equal(a, b)
+
+        majority = {f"maj@{n}": majority_at_k([r["answer"] for r in group], gold, same)} if equal else {}
+        return {f"avg@{n}": sum(rewards) / n, **majority,
+                **{f"pass@{k}": best_of_k(rewards, k) for k in range(1, n + 1)},
+                "tokens": sum(r["tokens"] for r in group) / n,
+                "cut off": sum(not r["finished"] for r in group) / n}
+
+    with ThreadPoolExecutor() as pool:  # each thread waits for the verifier's processes
+        rows = [*pool.map(row, [list(group) for _, group in groupby(records, key=lambda r: r["problem"])])]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -101,19 +115,23 @@ def benchmark_metrics(name, batch, samples):
 
 # ---- benchmarks and responses ------------------------------------------------------------------------------
 
-def load_benchmark(name):
-    """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads."""
+def load_benchmark(name, c):
+    """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads. c: the
+    options, of which --prompt-field and --answer-field count for what is no benchmark with a name."""
+    options = reading(c)
+    if name in BENCHMARKS:
+        options |= dict(prompt_field=None, answer_field=None)
     if name == "chain":  # problems that no training run on `chain` has seen
-        return [p for p in load_problems("chain:8800") if p.id >= 8192][:256]
+        return [p for p in load_problems("chain:8800", **options) if p.id >= 8192][:256]
     if name not in BENCHMARKS and not set(name) & set("/.:"):
         raise InputError(f"{name}: no such benchmark; give one of {', '.join([*BENCHMARKS, 'chain'])}, "
                          "a file, or HUB/NAME")
-    return load_problems(BENCHMARKS.get(name, name))
+    return load_problems(BENCHMARKS.get(name, name), **options)
 
 
 def label(name):
     """A benchmark's name in tables and metrics: a file's name without its folder and ending."""
-    return Path(name).stem if name.endswith((".jsonl", ".parquet")) else name
+    return Path(name.removesuffix(".gz")).stem if name.endswith(ENDINGS) else name
 
 
 def record(benchmark, problem, sample, response, text, reward, mode):
@@ -191,7 +209,7 @@ def read_rollouts(path):
 
 def load_eval_benchmarks(c, tokenizer):
     """{name: problems} of a training script's --eval-benchmarks."""
-    benchmarks = {name: load_benchmark(name) for name in c.eval_benchmarks} if c.eval_every else {}
+    benchmarks = {name: load_benchmark(name, c) for name in c.eval_benchmarks} if c.eval_every else {}
     for name, problems in benchmarks.items():
         longest = max(len(render(p.messages, tokenizer)) for p in problems)
         if longest > c.max_prompt_tokens:
@@ -220,13 +238,18 @@ class EvalConfig(CommandLine):
     model: str = option(BUILTIN_MODEL, "hub name, folder or run [built-in]", group="what to evaluate")
     benchmarks: tuple[str, ...] = option(
         ("aime24", "aime25", "amc23", "math500", "minerva"),
-        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes")
+        f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes "
+        "[a run's model: what the run held out]")
+    prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
+    answer_field: str | None = option(None, "the answer's [answer, solution or ground_truth]")
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
     top_p: float = option(TOP_P, "only the likeliest tokens of this total probability", positive=True, most=1)
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
+    reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
+    suffix: str = option(BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)")
     seed: int = option(0, "seed for sampling")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
@@ -235,9 +258,20 @@ class EvalConfig(CommandLine):
     reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
+    # As in sppo.py: what the model of a run does not bring along.
+    OWN = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
+           "trust_remote_code")
     # The built-in model makes mistakes only at the temperature that it is trained at.
     BUILTIN = dict(
-        benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=64, dtype="float32")
+        benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=112, dtype="float32")
+
+    @staticmethod
+    def options_of(run):
+        """Also the benchmark: what the run held out. For the built-in task there is another."""
+        options = CommandLine.options_of(run)
+        if not str(options.get("dataset")).startswith("chain") and (run / "held_out.jsonl").is_file():
+            options["benchmarks"] = (str(run / "held_out.jsonl"),)
+        return options
 
     def check(self):
         super().check()
@@ -250,23 +284,22 @@ class EvalConfig(CommandLine):
 def run_evaluation(c):
     """Samples what is not in the output file yet, verifies it, and prints the table."""
     c.check()
-    trained = Path(c.model) / "model"
-    model = str(trained) if (trained / "config.json").is_file() else c.model
-    tokenizer = load_tokenizer(model, c.trust_remote_code)
-    problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name)]
+    tokenizer = load_tokenizer(c.model, c.trust_remote_code)
+    problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name, c)]
     prompts = {(name, p.id): render(p.messages, tokenizer) for name, p in problems}
     # The responses to sample, by the key under which RolloutFile knows them.
     jobs = {(name, p.id, sample): p for name, p in problems for sample in range(c.samples)}
     max_tokens = max(map(len, prompts.values())) + c.max_response_tokens
-    check_model(model, max_tokens, c.trust_remote_code, "--max-response-tokens")
+    check_model(c.model, max_tokens, c.trust_remote_code, "--max-response-tokens")
 
     device = init_distributed()
     c.dtype = compute_dtype(c.dtype, device)
     check_ranks(tensor_parallel=c.tensor_parallel)
-    settings = {"model": c.model, "weights": fingerprint(model, c.trust_remote_code)}
-    for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed"):
+    settings = {"model": c.model, "weights": fingerprint(c.model, c.trust_remote_code)}
+    for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed", "reward"):
         settings[name] = getattr(c, name)
-    records = RolloutFile(c.output or f"runs/eval/{Path(c.model).name}.jsonl", settings)
+    name = (run_of(c.model) or Path(c.model)).name
+    records = RolloutFile(c.output or f"runs/eval/{name}.jsonl", settings)
     for key, p in jobs.items():
         old = records.done.get(key)
         if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):
@@ -275,8 +308,8 @@ def run_evaluation(c):
     todo = [job for job in jobs.items() if job[0] not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
-    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)
-    engine = make_engine(c, model, tokenizer, device, max_tokens) if todo else None
+    verifier = make_verifier(c)
+    engine = make_engine(c, c.model, tokenizer, device, max_tokens) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()
@@ -306,7 +339,7 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
             rewards.append(reward.result())
             if dist.get_rank() % c.tensor_parallel == 0:  # ranks that share an engine have the same responses
                 file.write(record(name, problem, sample, response, text, reward.result(), c.answer))
-            bar.set_description(f"{100 * sum(rewards) / len(rewards):.1f} % right", refresh=False)
+            bar.set_description(f"reward {sum(rewards) / len(rewards):.3f}", refresh=False)
 
     with progress.phase("evaluation", len(part), delay=0, leave=True, disable=not is_main(),
                         mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
@@ -322,7 +355,7 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
 def report(c, records, verifier, path):
     """Prints the table, and writes it with every pass@k to a .json file beside the responses."""
     parts = {name: [r for r in records if r["benchmark"] == name] for name in c.benchmarks}
-    metrics = {name: per_problem(part, verifier.equal) for name, part in parts.items()}
+    metrics = {name: per_problem(part, None if c.reward else verifier.equal) for name, part in parts.items()}
     table = {name: {key: (v.mean(), *bootstrap_interval(v)) for key, v in m.items()}
              for name, m in metrics.items()}
     if len(metrics) > 1:
@@ -330,7 +363,7 @@ def report(c, records, verifier, path):
         table["mean"] = {key: (np.mean([v.mean() for v in values]), *bootstrap_interval(values))
                          for key, values in columns.items()}
     n = c.samples
-    shown = [f"avg@{n}", f"maj@{n}", f"pass@{n}"] if n > 1 else ["avg@1"]
+    shown = [f"avg@{n}", *([] if c.reward else [f"maj@{n}"]), f"pass@{n}"] if n > 1 else ["avg@1"]
     say(f"\n{c.model}, {n} samples at temperature {c.temperature}, top-p {c.top_p}, at most "
         f"{c.max_response_tokens} tokens: percent, with 95 % bootstrap intervals over problems\n")
     say(f"{'benchmark':<20} problems" + "".join(f"{name:>20}" for name in shown) + "    tokens   cut off")

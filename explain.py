@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cli import InputError, say
-from reward import last_boxed
+from reward import decode, last_boxed
 
 WIDTH = 100  # columns of the screen
 
@@ -74,7 +74,7 @@ class Ratios:
 
 class Watch(Ratios):
     """Stands in for the log of a run, which it cuts to one step."""
-    step = 0  # of a log that has not reached its last step, no model is saved
+    step, line = 0, {}  # of a log that has not reached its last step, no model is saved
 
     def __init__(self, run, baseline, policy_loss):
         if dist.get_world_size() > 1:
@@ -85,6 +85,9 @@ class Watch(Ratios):
         run.held_out, run.benchmarks = [], {}  # nothing is evaluated
 
     def add(self, *metrics):
+        pass
+
+    def sampled(self, *batch):
         pass
 
     def write(self, step, seconds):
@@ -120,19 +123,20 @@ class Watch(Ratios):
     def tell(self, row, tokenizer):
         """Prints what happened to one response."""
         batch, c, minibatch = self.batch, self.run.config, self.minibatch[row]
-        response, answer, reward = batch.responses[row], batch.problems[row].answer, int(batch.rewards[row])
+        response, answer, reward = batch.responses[row], batch.problems[row].answer, batch.rewards[row].item()
         expected, advantage, now = about(self.baseline, batch, row, self.advantages[row])
-        text, prompt = tokenizer.decode(response.ids, skip_special_tokens=True), batch.prompts[row]
+        text, prompt = decode(response.ids, tokenizer), batch.prompts[row]
         box = last_boxed(text) if response.finished else None
         ratio, (loss, clipped) = self.ratio(row), self.loss(row)
         furthest = int(ratio.log().abs().argmax())
-        say(f"\nRESPONSE {row + 1}, {'right' if reward else 'wrong'}; in mini-batch {minibatch + 1} of "
+        verdict = {0: "wrong", 1: "right"}.get(reward, "partly right")
+        say(f"\nRESPONSE {row + 1}, {verdict}; in mini-batch {minibatch + 1} of "
             f"{len(self.updates)}")
         for label, told in (
                 ("prompt", f"{short(tokenizer.decode(prompt))} ({len(prompt)} tokens)"),
                 ("response", f"{short(text)} ({len(response.ids)} tokens with its end)"),
                 ("box", f"{'there is none' if box is None else short(box)}; the gold answer is "
-                        f"{short(answer)}: R = {reward}"),
+                        f"{short(answer)}: R = {reward:g}"),
                 ("baseline", expected), ("advantage", advantage),
                 ("ratio", f"pi / pi_old, after {minibatch} updates: {ratio.min():.3f} to {ratio.max():.3f}; "
                           f"{ratio[furthest]:.3f} at token {furthest + 1}, "
@@ -157,13 +161,13 @@ def short(text):
 
 def about(baseline, batch, row, advantage):
     """Three sentences: what the baseline expected of a response, its advantage, and what it expects now."""
-    kind, reward, n = type(baseline).__name__, int(batch.rewards[row]), len(batch.responses[row].ids)
+    kind, reward, n = type(baseline).__name__, batch.rewards[row].item(), len(batch.responses[row].ids)
     each, nothing = ", the same for all its tokens", "this baseline learns nothing"
     if kind == "SPPO":
-        before = baseline.logits[row].sigmoid()
+        before = baseline.values[row]
         now = baseline.critic.logits([baseline.prompts[row]])[0].sigmoid()
         return (f"V(prompt) = {before:.3f}: so far, the critic knows only the step's mean reward",
-                f"A = R - V = {reward} - {before:.3f} = {advantage:+.3f}{each}",
+                f"A = R - V = {reward:g} - {before:.3f} = {advantage:+.3f}{each}",
                 f"V(prompt) = {now:.3f}: the critic has learned from the step's rewards")
     if kind == "PPO":
         def along(values, form):
@@ -179,16 +183,22 @@ def about(baseline, batch, row, advantage):
                 f"R - v = {reward - before:+.3f}; normalised over the step: A = {advantage:+.3f}{each}",
                 f"v = {now:.3f}: the tracker has counted this reward")
     if kind == "ReMax":
-        greedy = int(batch.greedy_rewards[row])
+        greedy = batch.greedy_rewards[row].item()
         return (f"the greedy response to this prompt earned {greedy}",
-                f"A = R - R(greedy) = {reward} - {greedy} = {advantage:+.0f}{each}", nothing)
+                f"A = R - R(greedy) = {reward:g} - {greedy:g} = {advantage:+g}{each}", nothing)
     if kind in ("GRPO", "RLOO"):
         size = baseline.samples_per_prompt
-        group = batch.rewards[row // size * size :][:size].int()
-        mean, others = group.float().mean(), (group.sum() - reward) / (size - 1)
-        return (f"the {size} responses to this prompt earned {' '.join(map(str, group.tolist()))}",
-                (f"A = R - mean of the others = {reward} - {others:.3f}" if kind == "RLOO" else
-                 f"A = (R - mean) / std = ({reward} - {mean:.3f}) / {group.float().std():.3f}"
-                 if baseline.run.config.normalize else f"A = R - mean = {reward} - {mean:.3f}")
+        group = batch.rewards[row // size * size :][:size]
+        mean, others = group.mean(), (group.sum() - reward) / (size - 1)
+        return (f"the {size} responses to this prompt earned {' '.join(f'{r:g}' for r in group.tolist())}",
+                (f"A = R - mean of the others = {reward:g} - {others:.3f}" if kind == "RLOO" else
+                 f"A = (R - mean) / std = ({reward:g} - {mean:.3f}) / {group.std():.3f}"
+                 if baseline.run.config.normalize else f"A = R - mean = {reward:g} - {mean:.3f}")
                 + f" = {advantage:+.3f}{each}", nothing)
-    return f"that of {kind}", f"A = {advantage.mean():+.3f}, the mean over its tokens", f"see {kind}.update"
+    told = "this baseline keeps no `values`"
+    if baseline.values is not None:
+        told = ("V = {:.3f}" if baseline.values.dim() == 1 else "V of the first token = {:.3f}").format(
+            baseline.values[row].flatten()[0])
+    told_advantage = (f"A = {advantage:+.3f}{each}" if advantage.dim() == 0 else
+                      f"A = {advantage[:n].mean():+.3f}, the mean over its tokens")
+    return told, told_advantage, f"see {kind}.update"

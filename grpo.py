@@ -95,6 +95,7 @@ class GRPOConfig(TrainConfig):
     BUILTIN = TrainConfig.BUILTIN | {"steps": 20, "prompts_per_step": 64, "minibatch": 32}
 
     def __post_init__(self):
+        super().__post_init__()
         self.output = self.output or f"runs/{self.baseline}"
 
     def check(self):

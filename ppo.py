@@ -149,6 +149,7 @@ class PPOConfig(TrainConfig):
     lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference", most=1)
 
     def __post_init__(self):
+        super().__post_init__()
         self.output = self.output or {"mse": "runs/ppo", "bce": "runs/ppo-bce"}[self.value_loss]
 
     def check(self):

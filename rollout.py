@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from cli import InputError
 from data import Problem, render
 from engines import Response
+from reward import Verifier, decode
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Batch:
     problems: list[Problem]  # [B], a problem repeated for each of its samples
     prompts: list[list[int]]  # [B] token ids
     responses: list[Response]  # [B]
-    rewards: torch.Tensor  # [B], 0 or 1
+    rewards: torch.Tensor  # [B], in [0, 1]
     greedy_rewards: torch.Tensor | None = None  # [number of problems], for a baseline that wants them (ReMax)
     expected: torch.Tensor | None = None  # [B], what `Baseline.expect` gave when these started (--oversample)
     old_logprobs: torch.Tensor | None = None  # [B, T], of the policy that sampled; None if a step needs none
@@ -42,12 +44,23 @@ class Batch:
                 "truncated": sum(not r.finished for r in self.responses) / len(self.responses)}
 
 
+def make_verifier(c):
+    """The Verifier that a script's options ask for. Raises InputError if their --reward cannot be used."""
+    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer, reward=c.reward)
+    try:
+        if c.reward:
+            verifier.check()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return verifier
+
+
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):
     """Yields (number of the prompt, Response, text, future of its reward) as responses end: the first are
     verified while others are still being written. A response that was cut off or paused has no answer,
     whatever its text says. sampling: as an engine's `generate`."""
     for i, response in engine.generate(prompts, **sampling):
-        text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        text = decode(response.ids, tokenizer)
         yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
 
 
@@ -111,13 +124,15 @@ class Sampler:
             done = {j: (response, None if response.paused else reward.result())
                     for j, (response, reward) in done.items()}
             parts = [None] * world
-            dist.all_gather_object(parts, (done, self.verifier.timeouts, self.verifier.crashes))
-        parts, timeouts, crashes = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
+            counts = {f"reward/{name}": getattr(self.verifier, name)
+                      for name in ("timeouts", "crashes", "errors")}
+            dist.all_gather_object(parts, (done, counts))
+        parts, counts = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
         done = {j: result for part in parts for j, result in part.items()}
         # rollout/idle: the share of places in the engines that stood empty until the longest response ended.
         written = [len(r.ids) - (len(partial[j].ids) if partial else 0) for j, (r, _) in done.items()]
         longest = max(written, default=0)
         self.metrics = {"rollout/generated_tokens": sum(written), "rollout/longest": longest,
                         "rollout/idle": 1 - sum(written) / max(1, len(prompts) * longest),
-                        "reward/timeouts": sum(timeouts), "reward/crashes": sum(crashes)}
+                        **{name: sum(count[name] for count in counts) for name in counts[0]}}
         return done

@@ -22,7 +22,7 @@ from sppo import Baseline, TrainConfig, train
 class ValueTracker:
     """v = alpha / (alpha + beta) for each of `num_prompts` prompts (arXiv 2509.13232, section 3.1).
 
-    After a reward r in {0, 1}: alpha <- rho alpha + r, beta <- rho beta + 1 - r. Here rho =
+    After a reward r in [0, 1]: alpha <- rho alpha + r, beta <- rho beta + 1 - r. Here rho =
     2^(-D / half_life), clamped to [rho_min, rho_max]. D measures how far the policy has moved: the mean
     |difference of log-probability| per token of the prompt's last response, between the policy that wrote it
     and the policy now. v remembers about 1 / (1 - rho) samples.

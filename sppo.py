@@ -1,6 +1,7 @@
 """SPPO: Sequence-Level PPO for reasoning models (arXiv 2604.08865), top to bottom.
 
     python sppo.py                            the built-in model learns, on a laptop
+    python sppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset FILE.jsonl      your problems and answers
     torchrun --nproc-per-node 8 sppo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --dataset ...
 
 A response is one action, not thousands. Sample *one* response y for each prompt s and verify it: R is 1 or 0.
@@ -20,6 +21,8 @@ Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, 
 critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
 spo.py) import the loop from here and define their own baseline.
 """
+import contextlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +41,7 @@ from log import Clock, Log
 from machine import check_ranks, compute_dtype, from_rank_0, init_distributed, seed_torch, skeleton
 from policy import Policy, check_output_layer
 from reward import Verifier
-from rollout import Sampler
+from rollout import Sampler, make_verifier
 from sharded import mean_of, rows_like
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -120,11 +123,11 @@ class Run:
     verifier: Verifier  # response, gold answer -> reward
     policy: Policy  # the model that is trained
     clock: Clock  # seconds of training, by phase
+    closing: contextlib.ExitStack  # what is ended with the run, whether it succeeds or not
     # Made after the baseline:
     engine: object = None  # samples: vLLM, or transformers
     sampler: Sampler | None = None  # problems -> verified Batch
     in_flight: InFlight | None = None  # the same for --oversample
-    lock: object = None  # keeps other runs out of the output folder
 
 
 class Baseline:
@@ -132,6 +135,7 @@ class Baseline:
     samples_per_prompt = 1
     wants_greedy = False  # also sample each prompt's greedy response, in the same pass of the engine
     critic = None  # a ShardedModel that this baseline trains, if it does
+    values = None  # [B] or [B, T]: what was expected of the last batch; samples.jsonl and --explain show it
 
     def __init__(self, run):
         self.run = run  # a Run
@@ -155,7 +159,8 @@ class Baseline:
         return [None] * len(problems)
 
     def state_dict(self):
-        """What a checkpoint must keep, by name: tensors, and values that JSON can hold."""
+        """What a checkpoint must keep, by name: tensors, and values that JSON can hold. (JSON turns the keys
+        of a dictionary into text, and tuples into lists: `load_state_dict` gets them so.)"""
         return self.critic.state_dict() if self.critic else {}
 
     def load_state_dict(self, state):
@@ -179,11 +184,12 @@ class SPPO(Baseline):
             self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)
         # V before this step's update: the critic must not have seen the rewards that V is subtracted from.
-        self.logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
-        return sequence_advantages(batch.rewards, self.logits)
+        logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
+        self.values = logits.sigmoid()
+        return sequence_advantages(batch.rewards, logits)
 
     def update(self, batch):
-        before = calibration(self.logits.sigmoid(), batch.rewards)
+        before = calibration(self.values, batch.rewards)
         return {**before, **self.critic.update(self.prompts, batch.rewards)}
 
     def expect(self, problems):
@@ -197,7 +203,8 @@ class SPPO(Baseline):
 def training_loop(run, baseline, log, last_step):
     """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run`
     together."""
-    c, policy, engine, clock, stop = run.config, run.policy, run.engine, run.clock, checkpoint.Stop()
+    c, policy, engine, clock = run.config, run.policy, run.engine, run.clock
+    stop = run.closing.enter_context(checkpoint.Stop())
     engine.sync(policy.weights())  # wakes the engine. From here on it sleeps only while the models train
     if not last_step:
         evaluate_policy(run, log, 0)
@@ -247,11 +254,12 @@ def training_loop(run, baseline, log, last_step):
 
         # 7. The end: the log, at times an evaluation, and a checkpoint to continue from.
         log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.phases)
+        log.sampled(batch, advantages, baseline.values, run.tokenizer)
         if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
             evaluate_policy(run, log, step)
         log.write(step, clock.total)
         stopping = stop.on_any_rank() and step < c.steps
-        if stopping or (c.save_every and step % c.save_every == 0):
+        if stopping or (c.save_every and (step % c.save_every == 0 or step == c.steps)):
             saved = checkpoint.save(run, baseline, log, step)
             if stopping and not saved:
                 raise InputError(f"{c.output}: stopped after step {step}, with no room for its checkpoint")
@@ -302,13 +310,34 @@ def policy_step(policy, batch, rows, advantages, config):
 
 @record  # so that torchrun shows the first error of any rank last
 def train(config, make_baseline):
-    """Trains `config.model`. `make_baseline(run)` builds the algorithm: `SPPO`, or another `Baseline`."""
-    c = config
+    """Trains `config.model`. `make_baseline(run)` builds the algorithm: `SPPO`, or another `Baseline`.
+
+    Returns (the last line of metrics.jsonl as a dictionary, the trained model's folder). The first is empty
+    on all ranks but 0; the second is None if the run was stopped. Raises InputError for what a user can put
+    right. From a notebook:
+
+        from sppo import SPPO, TrainConfig, train
+        metrics, folder = train(TrainConfig(dataset="my.jsonl", steps=100, output="runs/mine"), SPPO)
+    """
+    with contextlib.ExitStack() as closing:
+        try:
+            return run_training(config, make_baseline, closing)
+        except BaseException:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                closing.pop_all()  # torchrun ends all ranks: to close this one's parts, it could have to wait
+            raise
+
+
+def run_training(c, make_baseline, closing):
+    """Puts the parts of a run together, trains, and saves. What must be ended with the run goes into
+    `closing`, which ends the last first."""
     c.check()
     say(f"Loading {c.model}, {c.dataset} and the engine: seconds for small models, minutes for large ones.")
     tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
-    verifier = Verifier(timeout=c.reward_timeout, mode=c.answer)  # response, gold answer -> 1 or 0
+    verifier = make_verifier(c)  # response, gold answer -> reward in [0, 1]
+    closing.callback(verifier.close)
     device = init_distributed()  # every rank runs this same function, on a GPU of its own
+    closing.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
     check_ranks(tensor_parallel=c.tensor_parallel, replicas=c.replicas)
     # Problems are chat messages and gold answers. Those held out are only evaluated on.
     problems, held_out = from_rank_0(lambda: data.training_problems(c, tokenizer))
@@ -319,16 +348,17 @@ def train(config, make_baseline):
     policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
     policy.check_rows(c.model, c.max_prompt_tokens + c.max_response_tokens)
     policy.check_saving(tokenizer)
-    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device))
+    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device), closing)
     baseline = make_baseline(run)
     # The engine comes last: on a GPU it takes what the models leave free, as it will when they have trained.
     run.engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
+    closing.callback(run.engine.close)  # before the process group, which vLLM may end itself
     run.engine.sleep()
     run.sampler = Sampler(c, tokenizer, run.engine, verifier, run.clock)
     run.in_flight = InFlight(c, run.sampler, problems)
     last_step, log = begin(run, baseline)  # with --resume, from the newest checkpoint
     training_loop(run, baseline, log, last_step)
-    finish(run, log)
+    return finish(run, log)
 
 
 def begin(run, baseline):
@@ -340,9 +370,12 @@ def begin(run, baseline):
         return 0, Watch(run, baseline, clipped_policy_loss)
     if problem := checkpoint.first_problem(lambda: is_main() and locks.append(checkpoint.lock(c.output))):
         raise InputError(f"{c.output}: {problem}")
-    run.lock = locks  # an open file: it keeps other runs out of the folder
+    for lock in locks:  # an open file: it keeps other runs out of the folder
+        run.closing.enter_context(lock)
     step = checkpoint.resume(run, baseline)
-    if problem := checkpoint.first_problem(lambda: logs.append(Log(c, step))):
+    # eval.py evaluates the trained model on what was held out here, unless it is told otherwise.
+    if problem := (checkpoint.first_problem(lambda: logs.append(Log(c, step))) or checkpoint.first_problem(
+            lambda: is_main() and data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c))):
         raise InputError(f"{c.output}: cannot be written ({problem})")
     say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; "
         f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
@@ -351,7 +384,7 @@ def begin(run, baseline):
 
 
 def finish(run, log):
-    """Saves the model for transformers and vLLM, says what happened, and ends the processes."""
+    """Saves the model for transformers and vLLM, and says what happened. Returns what `train` does."""
     c, folder = run.config, f"{run.config.output}/model"
     if log.step == c.steps:
         first_problem = checkpoint.first_problem
@@ -362,10 +395,7 @@ def finish(run, log):
                       else "there is no checkpoint: this training is lost")
             raise InputError(f"{folder}: the trained model could not be saved ({problem}); {advice}")
     log.finish(run.tokenizer, run.clock.total)
-    run.verifier.close()
-    run.engine.close()  # before the process group, which vLLM may end itself
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return log.line, folder if log.step == c.steps else None
 
 
 # ---- the options -------------------------------------------------------------------------------------------
@@ -373,13 +403,18 @@ def finish(run, log):
 @dataclass
 class TrainConfig(CommandLine):
     """The options of every training script. Algorithms add theirs in a subclass."""
-    model: str = option(BUILTIN_MODEL, "policy: a hub name or folder [built-in]", group="what to train on")
-    dataset: str = option("chain", "chain[:SIZE], FILE.{jsonl,parquet}, or HUB/NAME[:SPLIT]")
-    output: str = option("runs/sppo", "folder for metrics.jsonl, checkpoints and the trained model")
+    model: str = option(BUILTIN_MODEL, "policy: a hub name, a folder or a run's [built-in]",
+                        group="what to train on")
+    dataset: str = option("chain", "chain[:SIZE], FILE.{jsonl,json,csv,parquet}, or HUB/NAME[:SPLIT]")
+    prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
+    answer_field: str | None = option(None, "the answer's [answer, solution or ground_truth]")
+    output: str = option("runs/sppo", "folder for all that the run writes, with the trained model")
     critic_model: str | None = option(None, "model that the critic starts from [the policy's]")
     max_prompt_tokens: int = option(1024, "problems with longer prompts are dropped, with a message")
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
+    reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
+    suffix: str = option(data.BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)")
 
     steps: int = option(1000, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)
@@ -420,10 +455,18 @@ class TrainConfig(CommandLine):
     eval_samples: int = option(1, "responses per problem of a benchmark", positive=True)
     save_every: int = option(20, "steps between checkpoints (0: only when the run is asked to stop)")
     resume: bool = option(False, "continue from the newest checkpoint in --output, if there is one")
+    samples: str = option("8", "first responses of each step that samples.jsonl gets: a number, or all")
+    tensorboard: bool = option(False, "also write metrics and samples for TensorBoard")
+    wandb: str | None = option(None, "also send them to this project at Weights & Biases")
     deterministic: bool = option(False, "the same command gives the same numbers on the same CPU; slower")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     explain: bool = option(False, "train one step, and tell all that happens to two of its prompts")
 
+    # A model that a run has trained brings that run's options along as defaults. But not these, which belong
+    # to one run or one machine, or let code run.
+    OWN = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
+           "micro_batch_tokens", "replicas", "offload", "resume", "samples", "tensorboard", "wandb",
+           "deterministic", "explain", "trust_remote_code")
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
         steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,
@@ -443,8 +486,13 @@ class TrainConfig(CommandLine):
                              f"--rollout-correction {self.rollout_correction}")
         if self.rollout_correction and self.explain:
             raise InputError("--explain does not tell what --rollout-correction changes; leave one out")
-        if not (self.resume or self.explain) and checkpoint.existing(self.output):
-            raise InputError(f"{self.output}: holds checkpoints of a run; give --resume or another --output")
+        if not str(self.samples).isdigit() and self.samples != "all":
+            raise InputError(f"--samples {self.samples}: must be a number, or all")
+        for package, wanted in (("tensorboard", self.tensorboard), ("wandb", self.wandb)):
+            if wanted and not importlib.util.find_spec(package):
+                raise InputError(f"--{package}: is not installed; pip install {package}")
+        if not self.explain:
+            checkpoint.check_output(self.output, self.resume)
         prompt, trust = self.max_prompt_tokens, self.trust_remote_code
         engine_class(self)  # is there one, with these options?
         if not self.explain and (problem := checkpoint.unwritable(self.output)):

@@ -124,6 +124,11 @@ def test_experiments_go_on_after_the_last_run_that_ended(short, monkeypatch, cap
     runs = json.loads((short / "control.json").read_text())
     assert calls == [1] and runs[:3] == ended and (runs[3]["method"], runs[3]["seed"]) == ("PPO", 1)
     assert (short / "control.png").exists()
+    calls.clear()
+    monkeypatch.setattr(experiments, "PLAN", [("CartPole", 3, [1], [""], ["SPPO", "PPO"])])  # one update more
+    experiments.main()
+    runs = json.loads((short / "control.json").read_text())
+    assert calls == [1, 1] and [len(run["success"]) for run in runs] == [2, 2, 3, 3]
 
 
 def test_the_table_has_the_end_of_each_run(short):

@@ -1,12 +1,23 @@
 """Problems from every source, and one clear sentence for what cannot be read."""
+import gzip
 import json
+import types
 
 import pytest
 from conftest import SHARED
 
 import data
 from cli import BUILTIN_MODEL, InputError
-from data import BOXED_SUFFIX, load_problems, load_tokenizer, render, split
+from data import (
+    BOXED_SUFFIX,
+    drop_unverifiable,
+    load_problems,
+    load_tokenizer,
+    render,
+    split,
+    write_problems,
+)
+from reward import Verifier
 
 VERL = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
         "reward_model": {"ground_truth": "2"}}
@@ -37,15 +48,64 @@ def test_parquet_and_jsonl_are_read_alike(tmp_path):
     assert load_problems(str(tmp_path / "x.parquet")) == load_problems(write(tmp_path / "x.jsonl", rows))
 
 
+ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "2, or \"é\"?", "answer": "4"}]
+AS_CSV = 'question,answer\n1+1?,2\n"2, or ""é""?",4\n'
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("x.jsonl", LINES), ("x.json", json.dumps(ROWS)), ("x.csv", AS_CSV), ("x.jsonl.gz", LINES), ("x.csv.gz", AS_CSV)])
+@pytest.mark.parametrize("windows", [False, True])
+def test_files_as_people_have_them_are_read_alike(tmp_path, name, text, windows):
+    """With `windows`: a byte-order mark in front, and CRLF at the ends of lines."""
+    data = ("\ufeff" + text.replace("\n", "\r\n") if windows else text).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert load_problems(str(tmp_path / name)) == load_problems(write(tmp_path / "plain.jsonl", ROWS))
+
+
+def test_fields_by_other_names(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"frage": "1+1?", "loesung": 2, "answer": "wrong"}])
+    problem, = load_problems(file, "frage", "loesung")
+    assert problem.messages[0]["content"].startswith("1+1?") and problem.answer == "2"
+    with pytest.raises(InputError, match="has no field 'fragen' for --prompt-field; it has the fields frage, loesung, answer"):
+        load_problems(file, "fragen", "loesung")
+    with pytest.raises(InputError, match="row 1: has no problem; it has the fields frage, loesung, answer; .*--prompt-field"):
+        load_problems(file)
+
+
+def test_what_a_run_holds_out_is_read_again(tmp_path):
+    problems = load_problems(write(tmp_path / "x.jsonl", ROWS))
+    for fields in ((None, None), ("frage", "loesung")):
+        options = types.SimpleNamespace(prompt_field=fields[0], answer_field=fields[1])
+        write_problems(tmp_path / "held_out.jsonl", problems, options)
+        assert load_problems(str(tmp_path / "held_out.jsonl"), *fields) == problems
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("/nowhere/x.csv", "no such file"), ("./x.jsonl", "no such file"), ("~/no/such/x", "no such file"), ("problems", "no such file"),
+    ("FOLDER", "is a folder; give a file that ends with .jsonl"), ("FOLDER/x.tsv", "is of a kind that is not read; give a file that ends"),
+    ("FOLDER/x.json", "is a dict, not a list"), ("FOLDER/y.json", "an object a line is .jsonl"), ("FOLDER/x.gz.jsonl.gz", "cannot be read"),
+    ("FOLDER/x.csv", "row 1: has no problem; it has the fields a, b"), ("chain:10000000", "the built-in task has 8800 rows"),
+    ("FOLDER/list.jsonl", "row 1: its answer is a list; give text or a number")])
+def test_what_is_no_file_of_problems_is_named(tmp_path, spec, message):
+    for name, text in {"x.tsv": "", "x.json": "{}", "y.json": "{}\n{}", "x.gz.jsonl.gz": "text", "x.csv": "a,b\n1,2\n",
+                       "list.jsonl": '{"problem": "1?", "answer": ["1"]}'}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        load_problems(spec.replace("FOLDER", str(tmp_path)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_boxed_suffix_is_added_once(tmp_path):
     asked = {"problem": "1+1? Put it in \\boxed{}.", "answer": "2"}
     problem, = load_problems(write(tmp_path / "x.jsonl", [asked]))
     assert problem.messages[-1]["content"] == asked["problem"]
 
 
-def test_duplicates_are_dropped_and_ids_are_rows(tmp_path):
+def test_duplicates_are_dropped_aloud_and_ids_are_rows(tmp_path, capsys):
     rows = [{"problem": f"{i // 2}?", "answer": "2"} for i in range(6)]
     assert [p.id for p in load_problems(write(tmp_path / "x.jsonl", rows))] == [0, 2, 4]
+    assert "x.jsonl: dropped 3 of 6 rows, which repeat earlier ones" in capsys.readouterr().out
 
 
 def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, capsys):
@@ -64,8 +124,6 @@ def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, cap
 @pytest.mark.parametrize("text, message", [
     ("", "has no problems"), ("\n\n", "has no problems"), ('{"problem": "1+1?", "answer": "2"}\n{oops', "line 2: is not JSON"),
     ("[1]", "row 1: is a list"), ('{"answer": "2"}', "row 1: has no problem"), ('{"problem": "1+1?"}', "row 1: has no answer"),
-    ('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+1?", "answer": " "}', "row 2: its answer is empty"),
-    ('{"problem": "1+1?", "solution": "no box: \\\\boxed{"}', "row 1: its answer is empty"),
     ('{"prompt": [{"role": "assistant", "content": "hi"}], "answer": "2"}', "row 1: its prompt is not a list of chat"),
     ('{"prompt": ["hi"], "answer": "2"}', "row 1: its prompt is not a list of chat"), ('{"prompt": 5, "answer": "2"}', "row 1"),
     ('{"prompt": [{"role": "user", "content": null}], "answer": "2"}', "row 1: its prompt is not a list of chat")])
@@ -74,6 +132,25 @@ def test_what_cannot_be_read_is_named(tmp_path, text, message):
     with pytest.raises(InputError, match="x.jsonl") as error:
         load_problems(str(tmp_path / "x.jsonl"))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("solution, answer", [
+    ("so \\boxed 2", "2"), ("$x=\\boxed{3}$ or $x=\\boxed{4}$", "3, 4"), ("no box: \\boxed{", ""), ("1+1 = 2\n#### 2", "2"),
+    (" ", ""), ("first \\fbox{3}.", "3")])
+def test_what_becomes_a_gold_answer(tmp_path, solution, answer):
+    problem, = load_problems(write(tmp_path / "x.jsonl", [{"problem": "1+1?", "solution": solution}]))
+    assert problem.answer == answer
+
+
+def test_gold_answers_to_which_nothing_could_be_right_are_dropped_or_refused(tmp_path):
+    for bad in ("", "proof", "First we add 1 and 1. The sum is 2, as one sees."):
+        rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(150)] + [{"problem": "a?", "answer": bad}]
+        problems, verifier = load_problems(write(tmp_path / "x.jsonl", rows)), Verifier(1)
+        drop_unverifiable(problems, [], verifier, "x.jsonl")
+        assert [p.id for p in problems] == [*range(150)]
+        with pytest.raises(InputError, match="x.jsonl, row 151: .* cannot be read as mathematics"):
+            drop_unverifiable(load_problems(write(tmp_path / "x.jsonl", rows))[60:], [], verifier, "x.jsonl")
+        verifier.close()
 
 
 def test_files_that_are_not_what_they_seem(tmp_path):

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import time
+import types
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from eval import (
 from rollout import Batch
 
 ENGINES = ["vllm", "transformers"]
+FIELDS = types.SimpleNamespace(prompt_field=None, answer_field=None)
 
 
 def has(engine):
@@ -102,17 +104,17 @@ def test_the_transformers_sampler_draws_from_the_distribution_that_it_reports(te
 
 def test_benchmarks_of_a_file_and_missing_ones(tmp_path):
     (tmp_path / "aime24.jsonl").write_text('{"problem": "2+2?", "answer": "4"}\n')
-    assert [p.answer for p in load_benchmark(str(tmp_path / "aime24.jsonl"))] == ["4"]
+    assert [p.answer for p in load_benchmark(str(tmp_path / "aime24.jsonl"), FIELDS)] == ["4"]
     with pytest.raises(InputError, match=r"math-ai/amc23.*without a network, give a file"):
-        load_benchmark("amc23")
+        load_benchmark("amc23", FIELDS)
     with pytest.raises(InputError, match="mathematics: no such benchmark; give one of aime24"):
-        load_benchmark("mathematics")
+        load_benchmark("mathematics", FIELDS)
     assert {"aime24", "aime25", "amc23", "math500", "minerva", "brumo25", "hmmt25", "gsm8k"} <= set(BENCHMARKS)
 
 
 def test_the_built_in_benchmark_was_never_trained_on():
     from data import load_problems
-    problems = load_benchmark("chain")
+    problems = load_benchmark("chain", FIELDS)
     trained = {p.messages[0]["content"] for p in load_problems("chain")}
     assert len(problems) == 256 and isinstance(problems[0], Problem)
     assert not trained & {p.messages[0]["content"] for p in problems}

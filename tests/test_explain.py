@@ -1,13 +1,15 @@
 """`--explain`, as its user types it: what it prints is computed again here, from the other numbers that it prints."""
 import re
 import statistics
+import types
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import run
 
 from cli import InputError
-from explain import Watch
+from explain import Watch, about
 
 QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "32", "--minibatch", "8", "--lr", "5e-4"]
 NUMBER = r"([-+]?\d[\d.]*)"
@@ -80,3 +82,14 @@ def test_several_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(InputError, match="--explain: tells of one process; leave out torchrun"):
         Watch(None, None, None)
+
+
+@pytest.mark.parametrize("values, advantages, told", [
+    (None, torch.tensor([0.25]), ("keeps no `values`", "A = +0.250, the same for all")),
+    (torch.tensor([0.75]), torch.tensor([0.25]), ("V = 0.750", "A = +0.250")),
+    (torch.tensor([[0.5, 0.9]]), torch.tensor([[0.2, 0.4, 9.0]]), ("V of the first token = 0.500", "A = +0.300, the mean over"))])
+def test_a_baseline_of_ones_own(values, advantages, told):
+    mine = type("Mine", (), {"values": values})()
+    batch = types.SimpleNamespace(rewards=torch.tensor([1.0]), responses=[types.SimpleNamespace(ids=[1, 2])])
+    expected, advantage, now = about(mine, batch, 0, advantages[0])
+    assert told[0] in expected and told[1] in advantage and now == "see Mine.update"

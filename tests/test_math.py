@@ -162,3 +162,4 @@ def test_skill_compares_the_critic_with_the_mean_of_the_last_steps():
     assert skill(sum(constant) / 5, 3 / 5, earlier) == pytest.approx(0)
     assert skill(0.7, 0.5, []) is None
     assert math.isfinite(skill(0.7, 0.5, [0.0])) and math.isfinite(skill(0.7, 0.5, [1.0]))
+    assert skill(0.1, 0.0, earlier) is None and skill(0.1, 1.0, earlier) is None  # nothing to know

@@ -1,6 +1,7 @@
 """Verification: which part of a response is its answer, is it equal, and what a hostile answer can do (nothing)."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 
-from reward import MAX_WORKER_BYTES, Verifier, extract_answer, last_boxed, verify
+from reward import MAX_WORKER_BYTES, Verifier, equal, equal_at_once, extract_answer, last_boxed, verify
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 HOSTILE = [f"\\boxed{{{answer}}}" for answer in [
@@ -52,10 +53,47 @@ def test_rewards(response, gold, reward, verifier):
 
 
 @pytest.mark.parametrize("response, answer", [
+    ("It is 12, thanks", "12"), ("it is .5", ".5"), ("3-5", "5"), ("= -5", "-5"), ("about 1e-5", "1e-5"), ("a 3/4 b", "3/4"),
     ("it is 3, no 14.", "14"), ("about 2.5", "2.5"), ("-7", "-7"), ("1,200 apples", "1,200"), ("none", None),
     ("12 and \\boxed{13} and 14", "13"), ("<think>5</think> so", None)])
 def test_any_answer_falls_back_on_the_last_number(response, answer):
     assert extract_answer(response, "any") == answer
+
+
+def cases():
+    """(response, gold, reward) of answers.txt."""
+    for line in (ROOT / "tests/answers.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("# "):
+            gold, rest = line.split(" | ", 1)
+            answer, reward = rest.rsplit(" | ", 1)
+            answer = re.sub(r"\\n(?=[-*2]|\\n|\\boxed)", "\n", answer)
+            response = answer if re.search(r"box|think", answer) else f"So $\\boxed{{{answer}}}$."
+            yield response, gold, float(reward)
+
+
+def test_each_class_of_answers(verifier):
+    """Cases of our own, by class: to what is paid and what is not."""
+    pairs = [*cases()]
+    scores = verifier.score([response for response, *_ in pairs], [gold for _, gold, _ in pairs])
+    failed = [(pair, score) for pair, score in zip(pairs, scores, strict=True) if pair[2] != score]
+    assert len(pairs) > 500 and not failed
+
+
+@pytest.mark.skipif(not (SHARED / "data/answers.jsonl").exists(), reason="needs ../shared/data")
+def test_labelled_answers(verifier):
+    pairs = [json.loads(line) for line in (SHARED / "data/answers.jsonl").read_text().splitlines()]
+    scores = verifier.score([p["response"] for p in pairs], [p["gold"] for p in pairs])
+    failed = [(score, pair) for pair, score in zip(pairs, scores, strict=True) if score != pair["reward"]]
+    for score, pair in failed:
+        print(f"{score:.0f}: {pair}")
+    right = sum(pair["reward"] for pair in pairs)
+    paid = sum(score for score, _ in failed)
+    assert paid <= 0.02 * (len(pairs) - right) and len(failed) - paid <= 0.05 * right
+
+
+def test_the_same_verdict_at_once_and_in_a_worker():
+    for answer, gold in [("7", "7"), ("3", "2.9999999"), ("0.5", "0.50"), ("five", "5"), ("proof", "proof"), ("007", "7")]:
+        assert equal_at_once(answer, gold) == equal(answer, gold)
 
 
 def test_boxes_are_found_in_one_pass():
@@ -87,14 +125,19 @@ def test_hostile_answers_cost_little_and_no_honest_one_its_reward():
         verifier.close()
 
 
+def child_of(worker):
+    """The process that compares, of a worker, which forked it."""
+    return int(Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()[-1])
+
+
+@linux
 def test_a_worker_that_is_killed_is_replaced():
     verifier = Verifier(workers=1)
     try:
         assert verifier.score(["\\boxed{1/2}"], ["0.5"]) == [1.0]
         worker = verifier._idle.get()
         verifier._idle.put(worker)
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.wait()
+        os.kill(child_of(worker), signal.SIGKILL)
         assert verifier.score(["\\boxed{1/2}"] * 3, ["0.5"] * 3) == [0.0, 1.0, 1.0]
         assert verifier.crashes == 1
     finally:
@@ -104,17 +147,9 @@ def test_a_worker_that_is_killed_is_replaced():
 def test_whole_numbers_are_compared_at_once(monkeypatch):
     """As math-verify would, but without a process."""
     monkeypatch.setattr(Verifier, "_start", lambda self: pytest.fail("no worker is needed"))
-    answers = [("7", "7"), ("007", "7"), ("7", "8"), ("10", "1"), ("0", "0")]
+    answers = [("7", "7"), ("007", "7"), ("7", "8"), ("10", "1"), ("0", "0")]  # and decimals, and words
     scores = Verifier(1).score([f"\\boxed{{{answer}}}" for answer, _ in answers], [gold for _, gold in answers])
     assert scores == [1.0, 1.0, 0.0, 0.0, 1.0] == [verify(f"\\boxed{{{answer}}}", gold) for answer, gold in answers]
-
-
-def comparing(verifier):
-    """The process id of the worker of a Verifier that has one."""
-    verifier.score(["\\boxed{1/2}"], ["0.5"])
-    worker = verifier._idle.get()
-    verifier._idle.put(worker)
-    return worker.pid
 
 
 def test_waiting_costs_a_right_answer_nothing_but_not_for_ever(tmp_path):
@@ -138,8 +173,11 @@ if __name__ == "__main__":
 def test_what_compares_has_a_memory_limit():
     verifier = Verifier(workers=1)
     try:
-        child = comparing(verifier)
-        limit, = (line for line in Path(f"/proc/{child}/limits").read_text().splitlines() if "Max address space" in line)
+        verifier.score(["\\boxed{1/2}"], ["0.5"])
+        worker = verifier._idle.get()
+        verifier._idle.put(worker)
+        limits = Path(f"/proc/{child_of(worker)}/limits").read_text().splitlines()
+        limit, = (line for line in limits if "Max data size" in line)
         assert limit.split()[3:5] == [str(MAX_WORKER_BYTES)] * 2
     finally:
         verifier.close()
@@ -147,6 +185,8 @@ def test_what_compares_has_a_memory_limit():
 
 def test_gold_answers_that_cannot_be_verified_are_found(verifier):
     assert verifier.unverifiable(["1", "\\frac{1}{2}", "(10^{10})!", "(3, \\pi)", "\\frac{\\"]) == [2, 4]
+    assert verifier.unverifiable(["yes", "B", "\\text{(C)}", "New York", "proof", "notfound", "", '{"a": 1}',
+                                  "def f(x):\n    return x + 1", "[1, {'b': 2}]", "1, 2, \\ldots, n"]) == [*range(4, 11)]
 
 
 @pytest.mark.skipif(not (SHARED / "data/math500.parquet").exists(), reason="needs ../shared/data")
@@ -161,7 +201,7 @@ def test_every_gold_answer_of_math500_and_aime24_equals_itself(verifier):
 
 def test_a_worker_ends_when_its_trainer_is_killed_while_it_verifies():
     worker = Verifier(1, 1.0)._start()
-    worker.stdin.write(json.dumps(["1", "1"]) + "\n")
+    worker.stdin.write(json.dumps(["equal", "\\pi", "1"]) + "\n")
     worker.stdin.flush()
     for pipe in (worker.stdout, worker.stdin):  # as a kill leaves them
         pipe.close()

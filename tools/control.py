@@ -13,7 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.race_figures import pyplot, save
+from tools.race_results import pyplot, save
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 METHODS = {"SPPO": ("-", "#08519c"), "PPO": ("--", "#d94801"), "PPO, not whitened": ("-.", "#fd8d3c"),
@@ -27,7 +27,7 @@ VARIATIONS = {
 # (task, updates, seeds, variations, methods). The paper has 312 updates of CartPole, 1,250 of MountainCar,
 # 2,500 of Hopper, 1,875 of LunarLander and 2,500 of Pendulum.
 PLAN = [*((name, updates, [seed], [""], METHODS) for seed in range(3)
-          for name, updates in (("CartPole", 60), ("MountainCar", 40), ("Pendulum", 60))),
+          for name, updates in (("CartPole", 60), ("MountainCar", 40), ("Pendulum", 200))),
         ("MountainCar", 40, range(3), VARIATIONS, ["PPO"]),
         ("MountainCar", 40, range(3), ["lr 3e-3", "clone at 0.02"], ["SPPO"]),
         ("LunarLander", 60, range(3), [""], METHODS), ("Hopper", 60, range(3), [""], METHODS),
@@ -42,12 +42,14 @@ def run_missing(runs, write):
     for name, updates, seeds, settings, methods in PLAN:
         for seed, setting, method in itertools.product(seeds, settings, methods):
             key = dict(task=name, method=method, setting=setting, seed=seed)
-            if any(key.items() <= run.items() for run in runs):
+            same = [run for run in runs if key.items() <= run.items()]
+            if any(len(run["success"]) >= updates for run in same):
                 continue
             of_baseline, of_training, of_clone = VARIATIONS[setting]
             task, policy = control.TASKS[name], control.start(name, seed, **of_clone)
             baseline, begin = partial(control.METHODS[method], **of_baseline), time.process_time()
             curve = control.train(task, policy, baseline, updates, seed, **of_training)
+            runs[:] = [run for run in runs if run not in same]  # it had fewer updates than are planned now
             runs.append(dict(key, trajectories=task.batch, cpu_seconds=round(time.process_time() - begin, 1),
                              success=[round(x, 4) for x in curve]))
             write()
@@ -67,10 +69,11 @@ def table(runs):
         for method in METHODS:
             ends = [final(run) for run in some if run["method"] == method]
             cells.append(f"{statistics.mean(ends):.2f} [{min(ends):.2f}, {max(ends):.2f}]" if ends else "")
-        number = some[0]["trajectories"] * len(some[0]["success"])
+        numbers = sorted({run["trajectories"] * len(run["success"]) for run in some})
+        number = " to ".join(f"{n:,}" for n in numbers)
         seeds, before = len({run["seed"] for run in some}), statistics.mean(run["success"][0] for run in some)
         title = f"{name}, {setting}" if setting else name
-        rows.append(f"| {title} | {number:,} | {seeds} | {before:.2f} | {' | '.join(cells)} |")
+        rows.append(f"| {title} | {number} | {seeds} | {before:.2f} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -83,16 +86,15 @@ def draw(plt, runs):
     for axes, name in zip(panels[0], names, strict=True):
         for method, (line, colour) in METHODS.items():
             some = [run for run in runs if (run["task"], run["method"]) == (name, method)]
-            columns = list(zip(*(smooth(run["success"]) for run in some), strict=True))
+            columns = list(zip(*(smooth(run["success"]) for run in some), strict=False))  # to the shortest
             x = [some[0]["trajectories"] * (i + 1) for i in range(len(columns))] if some else []
             axes.plot(x, list(map(statistics.mean, columns)), line, color=colour, label=method)
             axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12,
                               linewidth=0)
         seeds = len({run["seed"] for run in runs if run["task"] == name})
-        axes.set(title=f"{name}, {seeds} seeds", xlabel="trajectories", ylim=(0, 1.02))
+        axes.set(title=f"{name}, seeds: {seeds}", xlabel="trajectories", ylim=(0, 1.02))
     panels[0][0].set_ylabel("share of successes")
     panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
     return figure
 
 

@@ -56,7 +56,8 @@ FAMILIES = {  # name: config class, and what differs from SIZES
     "Mamba-2": ("Mamba2Config", dict(num_heads=2, n_groups=1, state_size=16)),
     "LFM2-MoE": ("Lfm2MoeConfig", EXPERTS | dict(layer_types=["conv", "full_attention"]))}
 OPTIONS = ("--steps 2 --lr 0 --critic-lr 0 --dataset chain:64 --prompts-per-step 8 --minibatch 4"
-           " --eval-every 0 --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 --temperature 1 --dtype float32")
+           " --eval-every 0 --save-every 0 --max-prompt-tokens 64 --max-response-tokens 64 --temperature 1"
+           " --dtype float32")
 
 
 def build(name, folder):

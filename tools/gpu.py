@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def main(arguments=None):
         output.mkdir(parents=True, exist_ok=True)
         for name, (limit, kept, command) in PARTS.items():
             command = DRY.get(name, command) if c.dry else command
+            shutil.rmtree(ROOT / "runs/gpu" / name / "model", ignore_errors=True)  # of an earlier measurement
             part = run_part(command, min(limit, end - time.time()), kept, output / f"{name}.log")
             record[name] = part
             said = "\n".join(part.get("said", [f"failed: {part.get('error')}"]))

@@ -9,6 +9,7 @@ the end one batch can be shown with the advantages of all algorithms, each with 
 """
 import json
 import random
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def lesson(extra):
     own = "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"]  # whose prompts come back
     config = RunConfig.parse("", [*own, "--eval-problems", "64", *extra])
     config.eval_every, baselines = config.steps, []
+    shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
     train(config, lambda run: baselines.append(Together(run)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")

@@ -11,10 +11,8 @@ Not seen are the inside of kernels, CUDA's context, NCCL's buffers, and memory t
 RESERVED is set aside for them.
 """
 import contextlib
-import dataclasses
 import functools
 import os
-import sys
 import weakref
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +34,7 @@ from machine import transformers
 from rollout import Batch
 from sppo import TrainConfig, policy_step
 
+DEFAULTS = TrainConfig.defaults()
 
 @dataclass
 class PlanConfig(CommandLine):
@@ -45,13 +44,13 @@ class PlanConfig(CommandLine):
         "sppo", "a critic that reads prompts; one that reads whole responses; or none (also spo)")
     gpus: int = option(4, "ranks, over which all weights are sharded", positive=True)
     gpu_memory: float = option(79.0, "GiB of a GPU; one of 80 GB has 79", positive=True)
-    micro_batch_tokens: int = option(TrainConfig.micro_batch_tokens, "as in training", positive=True)
-    max_prompt_tokens: int = option(TrainConfig.max_prompt_tokens, "as in training", positive=True)
-    max_response_tokens: int = option(TrainConfig.max_response_tokens, "as in training", positive=True)
+    micro_batch_tokens: int = option(DEFAULTS["micro_batch_tokens"], "as in training", positive=True)
+    max_prompt_tokens: int = option(DEFAULTS["max_prompt_tokens"], "as in training", positive=True)
+    max_response_tokens: int = option(DEFAULTS["max_response_tokens"], "as in training", positive=True)
     vllm_memory: float | None = option(None, "as in training [auto: what the models leave]", positive=True)
-    tensor_parallel: int = option(TrainConfig.tensor_parallel, "as in training", positive=True)
-    replicas: int = option(TrainConfig.replicas, "as in training", positive=True)
-    checkpoint_activations: bool = option(TrainConfig.checkpoint_activations, "as in training")
+    tensor_parallel: int = option(DEFAULTS["tensor_parallel"], "as in training", positive=True)
+    replicas: int = option(DEFAULTS["replicas"], "as in training", positive=True)
+    checkpoint_activations: bool = option(DEFAULTS["checkpoint_activations"], "as in training")
     trust_remote_code: bool = option(False, "as in training")
 
     def check(self):
@@ -299,18 +298,8 @@ def report(c):
 
 
 def main(arguments=None):
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    flags = {f"--{no}{field.name.replace('_', '-')}" for field in dataclasses.fields(PlanConfig)
-             if field.type is bool for no in ("", "no-")}
-    before = ""
-    for i, word in enumerate(arguments):
-        # The model may stand anywhere, without its option's name: a word that is no option's value.
-        if not word.startswith("-") and (not before.startswith("-") or before in flags or "=" in before):
-            arguments.insert(i, "--model")
-            break
-        before = word
     with clear_errors():
-        report(PlanConfig.parse(__doc__, arguments))
+        report(PlanConfig.parse(__doc__, arguments, positional="model"))
 
 
 if __name__ == "__main__":

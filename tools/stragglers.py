@@ -13,7 +13,8 @@ policy hardly learns from long answers. sppo.py's --oversample lets them finish,
 from pathlib import Path
 
 import numpy as np
-from tools.race_figures import pyplot, save
+
+from tools.race_results import pyplot, save
 
 DRAWS = 4000
 
@@ -87,7 +88,6 @@ def draw(plt):
     learned.set(title="what is learned from", xlabel="p, share of stragglers",
                 ylabel="share of stragglers in it")
     learned.legend(fontsize=8)
-    figure.tight_layout()
     return figure
 
 
