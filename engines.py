@@ -149,8 +149,14 @@ class VLLMEngine:
         self._free_transformers_classes()
 
     def _free_transformers_classes(self):
-        """Some models vLLM serves through transformers' classes, which it changes in this process: when the
-        trainer builds one, it asks for a vLLM config. This one says that it is not to be compiled."""
+        """Some models vLLM serves through transformers' classes, which it changes in this process: they ask
+        whether they are to be compiled. The trainer's are not. Those that were built before have no answer of
+        their own, so their class gives one; those that are built later look for a vLLM config."""
+        def answer(model):
+            for module in model.modules():
+                if "do_not_compile" in vars(module):  # vLLM's own modules keep the answer that they have
+                    type(module).do_not_compile = True
+        self.llm.apply_model(answer)
         from vllm.config import CompilationMode, set_current_vllm_config
         config = copy.copy(self.llm.llm_engine.vllm_config)
         config.compilation_config = copy.copy(config.compilation_config)

@@ -240,7 +240,7 @@ class Card:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         self.engine = VLLMEngine.__new__(VLLMEngine)
         self.engine.llm, self.engine.device, self.engine.taken = self, torch.device("cuda"), None
-        self.engine.share, self.engine.warns = 0.4, True
+        self.engine.share, self.engine.warns, self.engine.skeleton = 0.4, True, None
 
     def sleep(self, level):
         self.awake = False
