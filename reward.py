@@ -342,11 +342,15 @@ def same_zeros(a, b, *_):
     return sign and all(is_zero(p * s - q * r) for r, s in others)
 
 
+def plain_number(text):
+    """A number without LaTeX, as a Fraction; None for any other text."""
+    return Fraction(text) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", text) else None
+
+
 def equal_at_once(answer, gold):
     """Equality of two answers where it takes no time: of the same text, of two plain numbers, of a number and
     a word. Else None."""
-    a, b = (Fraction(text) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", text) else None
-            for text in (answer, gold))
+    a, b = plain_number(answer), plain_number(gold)
     if answer == gold or b is not None and (a is not None or re.fullmatch("[a-zA-Z]+", answer)):
         return a == b and gold not in PLACEHOLDERS
     return None
@@ -453,7 +457,9 @@ class Verifier:
     def unverifiable(self, answers) -> list[int]:
         """Positions of the gold answers that cannot be read or compared, so that hardly a response could earn
         a reward. With a reward of one's own there are none."""
-        asked = {a: self._threads.submit(self._ask, "verifiable", a) for a in set(answers) if not self.reward}
+        # Plain numbers need no check, and no worker, which takes seconds to start.
+        asked = {a: self._threads.submit(self._ask, "verifiable", a) for a in set(answers)
+                 if not self.reward and plain_number(a) is None}
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _compare(self, answer, gold):
