@@ -319,11 +319,11 @@ class ShardedModel:
             self.backbone.forward = forward
         alone, beside, again = states
         exact = self.dtype == torch.float32  # in bfloat16, other shapes are rounded otherwise
-        for other, bound, what in ((again, 1e-3, "read twice, is not the same"),
+        for other, bound, what in ((again, 1e-3, "is not the same when it is read again"),
                                    (beside, 1e-3 if exact else 0.1, "depends on the rows beside it")):
             change = ((other - alone).norm(dim=-1) / alone.norm(dim=-1)).mean().item()
             if not change <= bound:
-                raise InputError(f"{model}: a row, {what} (its hidden states change by {change:.1%}), and so "
+                raise InputError(f"{model}: a row {what} (its hidden states change by {change:.1%}), and so "
                                  f"could not be trained on; {OTHERS}")
 
     # ---- checkpoints and the engine ----

@@ -41,7 +41,7 @@ def variant(folder, **changes):
 
 TRAIN = ("GPT-2", "OPT", "OLMo 2", "Mistral, window", "Gemma 4", "Mixtral", "Qwen3-MoE", "DeepSeek-V3")
 REFUSED = {"Gemma 2": "its output layer has final_logit_softcapping", "Granite": "its output layer has logits_scaling",
-           "Phi-3, LongRoPE": "a row, depends on the rows beside it", "GPT-OSS": "of type gpt_oss cannot be trained here",
+           "Phi-3, LongRoPE": "a row depends on the rows beside it", "GPT-OSS": "of type gpt_oss cannot be trained here",
            "Mamba-2": "of type mamba2 cannot be trained here", "MPT": "cannot be run here (AttributeError"}
 
 
@@ -91,10 +91,10 @@ def test_what_does_not_train_is_refused_in_one_sentence(family, tmp_path, device
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "OLMo 2"])  # fused experts; served through transformers' classes
 def test_families_that_vllm_serves_in_its_own_way(family, tmp_path):
     families.build(family, tmp_path)
-    done = run("sppo.py", *SMALL, "--engine", "vllm", "--model", tmp_path, "--dtype", "float32", "--temperature", "1",
+    done = run("sppo.py", *SMALL, "--engine", "vllm", "--model", tmp_path, "--dtype", "float32", "--temperature", "1", "--lr", "1e-2",
                "--max-prompt-tokens", "64", "--save-every", "0", "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path / "run")[-1]["policy/rollout_gap"] < 1e-4
+    assert metrics(tmp_path / "run")[-1]["policy/rollout_gap"] < 1e-4  # with the weights of step 1's update
 
 
 def test_the_command_that_writes_the_table(tmp_path):
@@ -119,7 +119,7 @@ def test_what_is_random_is_noticed_in_policy_and_critic(tmp_path, device):
                   PromptCritic(str(tmp_path), device, minibatch=4, **OPTIONS)):
         model.check_rows("the model", 64)
         model.module.train()  # with the dropout of its config, which its layers read as a number
-        with pytest.raises(InputError, match="a row, read twice, is not the same"):
+        with pytest.raises(InputError, match="a row is not the same when it is read again"):
             model.check_rows("the model", 64)
 
 
