@@ -138,7 +138,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # Spaces may group thousands: 1\,000\,000, 1 000 000, 1{,}000.
     (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\{,\}|\\[,;: ]|~|\s)\d{3})+)(?![\d/])",
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
-    # A currency, the marks around a formula, a space and a tag are no part of the answer: \$5, \(5\), \tag{1}.
+    # A currency, the marks around a formula, spaces and a tag are not compared: \$5, \(5\), \tag{1}.
     (r"\\?\$|[€£¥₹~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$", " "),
     (r"\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
     # Nor is a negative space, nor the first of two backslashes: \!, \\frac.
@@ -156,9 +156,8 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # Degrees and percent have one sign each.
     (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
     (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"),
-    # Powers of ten: 4.5e33, 5 million.
+    # A power of ten: 4.5e33.
     (r"(\d)\s*[eE]\s*([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),
-    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?million\b\s*\}?", r"\\cdot 10^{6}"),
     # A decimal number with a period: 0.1\overline{6}, 0.333...
     (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",
      lambda m: _repeating("0" + m[1], m[2], m[3] or m[4])),
@@ -195,7 +194,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"^([^=]*=)?([^=]*?)\\pm([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
     # A set is what its condition says: \{x | x > 1\}.
     (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),
-    # What is about equal to a value is left out, and so is a sign in front: \frac13 \approx 0.33, \approx 3.14.
+    # What a value is about equal to is left out, and so is the sign in front: \frac13 \approx 0.33, \approx 3.
     (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
@@ -259,7 +258,8 @@ _KNOWN = re.compile(
     r"overline|bar|vec|hat|overrightarrow|angle|triangle|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|"
     r"[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell"
     r")(?![a-zA-Z])|\\[{}\\|]")
-# What it would misread: nothing, two numbers side by side, a number with an index, other alphabets and signs, words.
+# What it would misread: nothing, two numbers side by side, a number with an index, other alphabets and signs,
+# words.
 _UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
 # A text of words has no digit, no operator and no LaTeX.
 _WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")
