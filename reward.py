@@ -194,7 +194,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"^([^=]*=)?([^=]*?)\\pm([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
     # A set is what its condition says: \{x | x > 1\}.
     (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),
-    # What a value is about equal to is left out, and so is the sign in front: \frac13 \approx 0.33, \approx 3.
+    # A rounded value after the exact one is left out, and a sign in front: \frac13 \approx 0.33, \approx 3.
     (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
