@@ -109,39 +109,41 @@ def extract_answer(response, mode="boxed"):
 
 # ---- one notation for what can be written in many ways -----------------------------------------------------
 
-_SIGNS = {  # what is written in signs, and its LaTeX
+_SIGNS = {  # the LaTeX of other signs
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "**": "^", "*": r"\cdot ", "÷": "/", "√": r"\sqrt ",
     "<=": r"\le ", "≤": r"\le ", ">=": r"\ge ", "≥": r"\ge ", "!=": r"\ne ", "≠": r"\ne ", "≈": r"\approx ",
-    "...": r"\ldots ", "…": r"\ldots ", "→": r"\to ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ",
-    "ℝ": r"\mathbb{R}", "∞": r"\infty ", "±": r"\pm ", "°": r"^\circ ", "−": "-", "–": "-", "—": "-", "‐": "-", "、": ",", "\u200b": ""}
-_COMMANDS = {name: form for form, names in [  # what a command becomes
-    # what changes only the look
+    "...": r"\ldots ", "→": r"\to ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "∞": r"\infty ",
+    "±": r"\pm ", "°": r"^\circ ", "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "、": ",", "\u200b": ""}
+_COMMANDS = {name: form for form, names in [  # what becomes of a command
+    # It changes only the look.
     ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large bf rm limits "
          "mathbf boldsymbol bm underline boxed fbox"),
     (" ", "quad qquad newline"),
-    # every command whose argument is upright text
+    # Its argument is upright text.
     (r"\text", "mbox mathrm textbf textit textrm textsf texttt textnormal emph operatorname"),
-    # several names of the same
-    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc"), ("|", "mid vert lvert rvert"),
-    ("(", "langle"), (")", "rangle"), (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"),
-    ("<", "lt"), (">", "gt"), (" or ", "lor vee"), (r"\emptyset ", "varnothing"), (r"^\circ ", "degree deg"),
-    (r"\mathbb{R}", "R"), ("/", "div"), (r"\pmod ", "mod bmod"),
-    # which the parser does not know as a letter
+    # It has the same meaning as another one.
+    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc"),
+    (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("<", "lt"), (">", "gt"),
+    ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (" or ", "lor vee"), ("/", "div"),
+    (r"\emptyset ", "varnothing"), (r"\mathbb{R}", "R"), (r"^\circ ", "degree deg"), (r"\pmod ", "mod bmod"),
+    # The parser does not know it as a letter.
     ("h_{bar}", "hbar")] for name in names.split()}
 
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
-_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # an argument in braces, which may hold two levels more
-_BARE_UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
-              r"(?!sqrt|frac)[a-zA-Z]{4,})")  # single letters are variables; other short words are products
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # an argument in braces, with up to two levels in it
+# A unit outside of \text{}: single letters are variables, and other short words are products.
+_UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
+         r"(?!sqrt|frac)[a-zA-Z]{4,})")
 _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern becomes, in this order
     # Spaces may group thousands: 1\,000\,000, 1 000 000, 1{,}000.
     (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\{,\}|\\[,;: ]|~|\s)\d{3})+)(?![\d/])",
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
-    # A currency, a mark of mathematics, a space or a colour is no part of the answer: \$5, \(5\), 5\,, \tag{1}.
-    (r"\\?\$|[€£¥₹~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$|\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
-    # A command may have been escaped twice: \\frac.
+    # A currency, the marks around a formula, spaces and a tag are not compared: \$5, \(5\), \tag{1}.
+    (r"\\?\$|[€£¥₹~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$", " "),
+    (r"\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
+    # Nor is a negative space, nor the first of two backslashes: \!, \\frac.
     (r"\\!|\\(?=\\[a-zA-Z])(?!.*matrix)", ""),
-    # Commands of the same meaning become one.
+    # Commands: see above.
     (r"(?<!\\)\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
     # A text around the whole answer says nothing: \text{5 apples}.
     (r"^\s*\\text\s*\{([^{}]*)\}[\s.]*$", r"\1"),
@@ -149,14 +151,13 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"\\text\s*\{([^{}]*_[^{}]*|\s*(?:[deid]|arc\w+)\s*)\}", r" \1 "),
     # Infinity, functions and roots in plain words: 2pi, sqrt(3), \sqrt(3).
     (r"(?<![\\a-zA-Z])inf(?:inity)?\b", r"\\infty "),
-    (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-z])", r"\\\1 "),
+    (r"(?<![\\a-zA-Z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![a-z])", r"\\\1 "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     # Degrees and percent have one sign each.
     (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
     (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"),
-    # Powers of ten: 4.5e33, 5 million.
+    # A power of ten: 4.5e33.
     (r"(\d)\s*[eE]\s*([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),
-    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?million\b\s*\}?", r"\\cdot 10^{6}"),
     # A decimal number with a period: 0.1\overline{6}, 0.333...
     (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",
      lambda m: _repeating("0" + m[1], m[2], m[3] or m[4])),
@@ -182,23 +183,21 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"^(?:\\text\s*\{)?[A-Za-z]{3}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
     # In a function, degrees count.
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*[\d.]+)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
-    # After a number, a unit is dropped: 30^\circ, 12^{\text{th}}, 5 cm^2, 6\pi \text{ cm}. After an index it is
-    # none: \text{H}_2\text{O}.
-    (r"((?:^|,)[^,]*(?<![\d_a-zA-Z])(?<!_\{)\d[^,]*?)(?:\s*\^\s*\\circ\s*(?:\\text\s*\{\s*)?[CFK]?(?:\s*\})?|"
-     r"\s*\^\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|(?:\s*\\text\s*\{[^{}\d]*\}|"
-     rf"(?<=[\d}})\s])\s*(?<![a-zA-Z]){_BARE_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", r"\1"),
+    # After a number, a unit is dropped: 30^\circ C, 12^{\text{th}}, 5 cm^2, 6\pi \text{ cm}. An index is no
+    # number: \text{H}_2\text{O}.
+    (r"((?:^|,)[^,]*(?<![\d_a-zA-Z])(?<!_\{)\d[^,]*?)(?:"
+     r"\s*\^\s*\\circ\s*(?:\\text\s*\{\s*)?[CFK]?(?:\s*\})?|"
+     r"\s*\^\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|"
+     rf"(?:\s*\\text\s*\{{[^{{}}\d]*\}}|(?<=[\d}})\s])(?<![a-zA-Z]){_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?"
+     r")\s*(?=$|,|%)", r"\1"),
     # Two signs are two answers: 2 \pm \sqrt{3}.
     (r"^([^=]*=)?([^=]*?)\\pm([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
     # A set is what its condition says: \{x | x > 1\}.
     (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),
-    # What is only about equal is left out, if there is a value before it: \frac13 \approx 0.33, \approx 3.14.
+    # A rounded value after the exact one is left out, and a sign in front: \frac13 \approx 0.33, \approx 3.
     (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
-    # A decimal number is a fraction, since floating-point numbers would be rounded; a mixed number is a sum.
+    # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
-    (r"(?<![\d}_^{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),
-    # Outside of brackets, commas group thousands: 1,250 but (1,250).
-    (r"^([^(\[]*)$", lambda m: m[1] if r"\{" in m[1] else re.sub(
-        r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda n: n[0].replace(",", ""), m[1])),
 ]]
 
 
@@ -223,11 +222,11 @@ def _letter(m):
 def clean(text):
     """The text of an answer in one of the many notations in which it can be written."""
     text = re.sub(r"[¼-¾⅐-⅞]", _fraction, text.strip("* "))
-    text = re.sub(r"([²³¹⁰-⁹]+)|([₀-₉]+)", lambda m: f"{'^' if m[1] else '_'}{{{m[0]}}}", text)
-    text = re.sub("[Α-Ωα-ω]", _letter, text)
+    text = re.sub("([²³¹⁰-⁻]+)|([₀-₉]+)", lambda m: f"{'^' if m[1] else '_'}{{{m[0]}}}", text)
+    text = unicodedata.normalize("NFKC", text)  # full-width digits, and those that were raised
+    text = re.sub("[Α-ΡΣ-Ωα-ω]", _letter, text)
     for sign, form in _SIGNS.items():
         text = text.replace(sign, form)
-    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")  # full-width digits; a slash of its own
     for pattern, form in _FORMS:
         text = pattern.sub(form, text)
     return text.strip(" ,").rstrip(".").strip()
@@ -248,14 +247,22 @@ def choice(text):
 
 # ---- is it equal to the gold answer? -----------------------------------------------------------------------
 
-# What may stand in an answer: if there is anything else, it is not read, since the parser would misread it.
+# The commands that the parser reads rightly. If there is any other in an answer, it is not read.
 _KNOWN = re.compile(
-    r"\\(?:frac|sqrt|cdot|times|pi|infty|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|binom|choose|begin|end|"
-    r"[lr]floor|[lr]ceil|max|min|gcd|sum|prod|int|lim|to|overline|bar|vec|hat|overrightarrow|angle|triangle|det|le|"
-    r"ge|ne|in|cup|emptyset|mathbb|setminus|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|[tT]heta|kappa|"
-    r"[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell)(?![a-zA-Z])|\\[{}\\|]")
+    # numbers and functions
+    r"\\(?:frac|sqrt|cdot|times|pi|infty|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|binom|max|min|gcd|"
+    r"[lr]floor|[lr]ceil|sum|prod|int|lim|to|begin|end|det|"
+    # relations and sets
+    r"le|ge|ne|in|cup|emptyset|mathbb|setminus|"
+    # names
+    r"overline|bar|vec|hat|overrightarrow|angle|triangle|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|"
+    r"[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell"
+    r")(?![a-zA-Z])|\\[{}\\|]")
+# What it would misread: nothing, two numbers side by side, a number with an index, other alphabets and signs,
+# words.
 _UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
-_WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")  # no digit, no operator, no LaTeX
+# A text of words has no digit, no operator and no LaTeX.
+_WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")
 
 
 @lru_cache
@@ -282,6 +289,8 @@ def read(text):
     options = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     with contextlib.suppress(Exception):  # the parser raises many kinds
         value = latex2sympy(text, is_real=True, convert_degrees=False, conversion_config=options)
+        if any(d.doit() == 0 for d in value.atoms(sympy.Derivative)):
+            return None  # dy/dt of an unknown y is not 0
         if isinstance(value, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in value):
             with contextlib.suppress(TypeError, NotImplementedError):
                 return sympy.Or(*value).as_set()  # x < 0 or x > 1
@@ -292,8 +301,6 @@ def read(text):
             if not all(same_value(numbers[0], number) for number in numbers):
                 return None
             return value if len(numbers) < len(sides) else numbers[0]
-        if any(d.doit() == 0 for d in value.atoms(sympy.Derivative)):
-            return None  # dy/dt of an unknown y is not 0
         return value if isinstance(value, sympy.Basic | sympy.MatrixBase) else None
 
 
