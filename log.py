@@ -227,9 +227,11 @@ class Log:
         if self.first and self.last:
             show_samples("After training:", self.last, tokenizer)
             accuracy, length = self.first["eval_accuracy"], self.first["eval_response_tokens"]
-            text += (f" On {len(self.last.rewards)} held-out problems, accuracy went from {accuracy:.3f} to "
-                     f"{self.last.rewards.mean():.3f}, and the mean response from {length:.1f} to "
-                     f"{self.last.lengths.float().mean():.1f} tokens.")
+            rewards = self.last.rewards
+            error = rewards.std(correction=0) / len(rewards) ** 0.5
+            text += (f" On {len(rewards)} held-out problems, accuracy went from {accuracy:.3f} to "
+                     f"{rewards.mean():.3f} ± {error:.3f} (its standard error), and the mean response from "
+                     f"{length:.1f} to {self.last.lengths.float().mean():.1f} tokens.")
         text += (f" The model is in {c.output}/model, for transformers and vllm to load; all metrics are in "
                  f"{c.output}/metrics.jsonl, and responses of each step in {c.output}/samples.jsonl.")
         if c.model == BUILTIN_MODEL:

@@ -23,10 +23,10 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from unicodedata import normalize
 
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # data of a worker: an answer must not eat the machine
@@ -109,59 +109,95 @@ def extract_answer(response, mode="boxed"):
 
 # ---- one notation for what can be written in many ways -----------------------------------------------------
 
-_COMMANDS = {name: form for form, names in [  # what a command becomes
-    ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large huge bf rm it limits "
-         "mathbf boldsymbol bm underline boxed fbox mathit mathcal !"),
-    (" ", "( ) [ ] , ; : > quad qquad newline"),
-    (r"\text", "mbox hbox mathrm mathsf textbf textit textrm textsf texttt textnormal emph operatorname"),
-    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc dotsb"), (r"\{", "lbrace"),
-    (r"\}", "rbrace"), ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (" or ", "lor vee"),
+_SIGNS = {  # the LaTeX of other signs
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "**": "^", "*": r"\cdot ", "÷": "/", "√": r"\sqrt ",
+    "<=": r"\le ", "≤": r"\le ", ">=": r"\ge ", "≥": r"\ge ", "!=": r"\ne ", "≠": r"\ne ", "≈": r"\approx ",
+    "...": r"\ldots ", "→": r"\to ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "∞": r"\infty ",
+    "±": r"\pm ", "°": r"^\circ ", "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "、": ",", "\u200b": ""}
+_COMMANDS = {name: form for form, names in [  # what becomes of a command
+    # It changes only the look.
+    ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large bf rm limits "
+         "mathbf boldsymbol bm underline boxed fbox"),
+    (" ", "quad qquad newline"),
+    # Its argument is upright text.
+    (r"\text", "mbox mathrm textbf textit textrm textsf texttt textnormal emph operatorname"),
+    # It has the same meaning as another one.
+    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc"),
     (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("<", "lt"), (">", "gt"),
-    (r"\emptyset ", "varnothing"), (r"^\circ ", "degree deg"), (r"\mathbb{R}", "R"), ("h_{bar}", "hbar"),
-    ("/", "div")] for name in names.split()}
-_SIGNS = str.maketrans({
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "π": r"\pi ", "√": r"\sqrt ",
-    "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "…": r"\ldots ", "°": r"^\circ ",
-    "−": "-", "–": "-", "—": "-", "、": ","})
+    ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (" or ", "lor vee"), ("/", "div"),
+    (r"\emptyset ", "varnothing"), (r"\mathbb{R}", "R"), (r"^\circ ", "degree deg"), (r"\pmod ", "mod bmod"),
+    # The parser does not know it as a letter.
+    ("h_{bar}", "hbar")] for name in names.split()}
+
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # an argument in braces, with up to two levels in it
+# A unit outside of \text{}: single letters are variables, and other short words are products.
 _UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
-         r"(?!sqrt|frac)[a-zA-Z]{4,})")  # single letters are variables; other short words are products
-_FORMS = [(re.compile(pattern), form) for pattern, form in [
-    (r"\\?\$|[€£¥₹]|^\*\*|\*\*$|\\\\$|\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
-    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\{,\}|\\[,;: ]|~|\s)\d{3})+)(?![\d/])",  # 1\,000\,000
+         r"(?!sqrt|frac)[a-zA-Z]{4,})")
+_FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern becomes, in this order
+    # Spaces may group thousands: 1\,000\,000, 1 000 000, 1{,}000.
+    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\{,\}|\\[,;: ]|~|\s)\d{3})+)(?![\d/])",
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
-    (r"\\\\(?=[a-zA-Z])(?!.*matrix)", r"\\"),  # \\frac, escaped twice
-    (r"(?<!\\)\\([a-zA-Z]+|[!()\[\],;:>])", lambda m: _COMMANDS.get(m[1], m[0])), (r"(?<!\\)\\ |~", " "),
-    (r"\.{3}", r"\\ldots "), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*+", r"\\cdot "),
-    (r"\binf(?:inity)?\b", r"\\infty "), (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
-    (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"), (r"\\text\s*\{([a-df-z]|arc\w+)\}", r" \1 "),
-    (r"(\d)\s*(?:\\text\{\s*e\s*\}|[eE])\s*([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),  # 4.5e33
-    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?million\b\s*\}?", r"\\cdot 10^{6}"), (r"\\text\s*\{e\}", " e "),
-    (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",  # 0.1\overline{6}
+    # A currency, the marks around a formula, spaces and a tag are not compared: \$5, \(5\), \tag{1}.
+    (r"\\?\$|[€£¥₹~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$", " "),
+    (r"\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
+    # Nor is a negative space, nor the first of two backslashes: \!, \\frac.
+    (r"\\!|\\(?=\\[a-zA-Z])(?!.*matrix)", ""),
+    # Commands: see above.
+    (r"(?<!\\)\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    # A text around the whole answer says nothing: \text{5 apples}.
+    (r"^\s*\\text\s*\{([^{}]*)\}[\s.]*$", r"\1"),
+    # A formula in a text is a formula: \text{H_2O}. So are upright constants and functions: \text{e}^2.
+    (r"\\text\s*\{([^{}]*_[^{}]*|\s*(?:[deid]|arc\w+)\s*)\}", r" \1 "),
+    # Infinity, functions and roots in plain words: 2pi, sqrt(3), \sqrt(3).
+    (r"(?<![\\a-zA-Z])inf(?:inity)?\b", r"\\infty "),
+    (r"(?<![\\a-zA-Z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![a-z])", r"\\\1 "),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    # Degrees and percent have one sign each.
+    (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
+    (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"),
+    # A power of ten: 4.5e33.
+    (r"(\d)\s*[eE]\s*([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),
+    # A decimal number with a period: 0.1\overline{6}, 0.333...
+    (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",
      lambda m: _repeating("0" + m[1], m[2], m[3] or m[4])),
-    (r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (rf"\\sqrt\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\sqrt\1{\2}"),
-    (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-z])", r"\\\1 "),
-    (rf"\\frac\s*{_TOKEN}", r"\\frac{\1}"),
-    (rf"(\\frac\s*\{{(?:[^{{}}]|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})*\}})\s*{_TOKEN}", r"\1{\2}"),
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1}{\2}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
-    (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w)", r"\1{\2}"), (r"(?<![a-zA-Z\\])E_\{", "A_{E"),  # else E is 2.718
-    (r"(?<![\d}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    # Arguments get their braces: \sqrt2, \frac12, 2^10, x^(n+1), a_1; so do {1 \over 2} and {n \choose 2}.
+    (rf"\\sqrt\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\sqrt\1{\2}"),
+    (rf"\\(frac|binom)\s*{_TOKEN}", r"\\\1{\2}"),
+    (rf"(\\(?:frac|binom)\s*{_GROUP})\s*{_TOKEN}", r"\1{\2}"),
+    (r"(?:^|\{)([^{}]*)\\(over|choose)(?![a-z])([^{}]*)(?:\}|$)",
+     lambda m: rf"\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}"),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w)", r"\1{\2}"),
+    # A name in a subscript is a name, upright or not: K_{\text{eq}}, x_{\max}. E alone would be 2.718.
+    (r"_\{\s*\\(?:text\s*\{(\w+)\}|(max|min))\s*\}", r"_{\1\2}"),
+    (r"(?<![a-zA-Z\\])E_\{", "A_{E"),
+    # A modulus in round brackets, or without: (mod 5), (\text{mod } 5).
+    (r"\(\s*(?:\\text\s*\{\s*mod\s*\}|\\pmod|mod)\s*(\w+)\s*\)", r"\\pmod{\1}"),
+    # A mixed number: 1 1/2.
+    (r"(?<![\d}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+    # "and" and "or" make a list, also within a text.
     (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "),
     (r"(?i:(?<![a-z\\])(?:and|or)(?![a-z]))|[;或和]", ","),
+    # A sentence that introduces the answer: The answer is 5, \text{Area} = 5.
     (r"^(?:\\text\s*\{)?[A-Za-z]{3}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
+    # In a function, degrees count.
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*[\d.]+)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
-    (r"(?<=[\d})])\s*(?:\^\s*\\circ\s*(?:\\text\s*\{?\s*[CFK]\s*\}?|[CFK])?|"  # 30 degrees, 12th, 5 cm^2
-     r"\^\{\s*\\text\s*\{?\s*(?:st|nd|rd|th)\s*\}?\s*\}|(?:\\text\s*\{(?!\s*i\s*\})[^{}\d]*\}|"
-     rf"(?<![a-zA-Z]){_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", ""),
+    # After a number, a unit is dropped: 30^\circ C, 12^{\text{th}}, 5 cm^2, 6\pi \text{ cm}. An index is no
+    # number: \text{H}_2\text{O}.
+    (r"((?:^|,)[^,]*(?<![\d_a-zA-Z])(?<!_\{)\d[^,]*?)(?:"
+     r"\s*\^\s*\\circ\s*(?:\\text\s*\{\s*)?[CFK]?(?:\s*\})?|"
+     r"\s*\^\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|"
+     rf"(?:\s*\\text\s*\{{[^{{}}\d]*\}}|(?<=[\d}})\s])(?<![a-zA-Z]){_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?"
+     r")\s*(?=$|,|%)", r"\1"),
+    # Two signs are two answers: 2 \pm \sqrt{3}.
     (r"^([^=]*=)?([^=]*?)\\pm([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
-    (r"_\{\s*\\text\s*\{(\w+)\}\s*\}", r"_{\1}"),
-    (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),  # {x | x > 1}
+    # A set is what its condition says: \{x | x > 1\}.
+    (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),
+    # A rounded value after the exact one is left out, and a sign in front: \frac13 \approx 0.33, \approx 3.
     (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
-    # 12.50 as a fraction, since a formula's floating-point numbers would be rounded.
+    # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
-    (r"(?<![\d}_^{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),  # 1\frac{1}{2}
 ]]
 
 
@@ -171,22 +207,34 @@ def _repeating(whole, start, period):
     return rf"\frac{{{int(whole + start + period) - less}}}{{{'9' * len(period) + '0' * len(start)}}}"
 
 
+def _fraction(m):
+    """The LaTeX of a sign such as ½, whose compatible form is 1⁄2."""
+    return r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄"))
+
+
+def _letter(m):
+    """The LaTeX of a Greek letter, from its name: GREEK SMALL LETTER ALPHA is \\alpha."""
+    *_, size, _, letter = unicodedata.name(m[0]).replace("LAMDA", "LAMBDA").split()
+    return rf"\{letter.lower() if size == 'SMALL' else letter.capitalize()} "
+
+
 @lru_cache(1000)
 def clean(text):
     """The text of an answer in one of the many notations in which it can be written."""
-    text = re.sub(r"[¼-¾⅐-⅞]", lambda m: f" {normalize('NFKC', m[0])} ".replace("⁄", "/"), text)
-    text = re.sub(r"[²³¹⁰-⁹]+", lambda m: f"^{{{normalize('NFKC', m[0])}}}", text).translate(_SIGNS)
-    text = normalize("NFKC", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", _fraction, text.strip("* "))
+    text = re.sub("([²³¹⁰-⁻]+)|([₀-₉]+)", lambda m: f"{'^' if m[1] else '_'}{{{m[0]}}}", text)
+    text = unicodedata.normalize("NFKC", text)  # full-width digits, and those that were raised
+    text = re.sub("[Α-ΡΣ-Ωα-ω]", _letter, text)
+    for sign, form in _SIGNS.items():
+        text = text.replace(sign, form)
     for pattern, form in _FORMS:
         text = pattern.sub(form, text)
-    if not re.search(r"[(\[]|\\\{", text):  # 1,250 but (1,250)
-        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
     return text.strip(" ,").rstrip(".").strip()
 
 
 def plain(text):
     """A text as it is compared where it cannot be read: without spaces, fonts and braces."""
-    return re.sub(r"\\text\s*|[\s{}\"'“”]|\\(?=[{}])|[.:,;]+$", "", clean(text))
+    return re.sub(r"\\text\s*|[\s{}\"'“”]|\\(?=[{}])", "", clean(text)).rstrip(".:,;")
 
 
 def choice(text):
@@ -199,14 +247,22 @@ def choice(text):
 
 # ---- is it equal to the gold answer? -----------------------------------------------------------------------
 
-# What may stand in an answer: if there is anything else, it is not read, since the parser would misread it.
+# The commands that the parser reads rightly. If there is any other in an answer, it is not read.
 _KNOWN = re.compile(
-    r"\\(?:frac|sqrt|cdot|times|pi|infty|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|binom|choose|begin|end|"
-    r"[lr]floor|[lr]ceil|max|min|gcd|sum|prod|int|lim|to|overline|bar|vec|hat|overrightarrow|angle|triangle|det|le|"
-    r"ge|ne|in|cup|emptyset|mathbb|setminus|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|[tT]heta|kappa|"
-    r"[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell)(?![a-zA-Z])|\\[{}\\|]")
+    # numbers and functions
+    r"\\(?:frac|sqrt|cdot|times|pi|infty|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|binom|max|min|gcd|"
+    r"[lr]floor|[lr]ceil|sum|prod|int|lim|to|begin|end|det|"
+    # relations and sets
+    r"le|ge|ne|in|cup|emptyset|mathbb|setminus|"
+    # names
+    r"overline|bar|vec|hat|overrightarrow|angle|triangle|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|"
+    r"[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell"
+    r")(?![a-zA-Z])|\\[{}\\|]")
+# What it would misread: nothing, two numbers side by side, a number with an index, other alphabets and signs,
+# words.
 _UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
-_WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")  # no digit, no operator, no LaTeX
+# A text of words has no digit, no operator and no LaTeX.
+_WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")
 
 
 @lru_cache
@@ -233,6 +289,8 @@ def read(text):
     options = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     with contextlib.suppress(Exception):  # the parser raises many kinds
         value = latex2sympy(text, is_real=True, convert_degrees=False, conversion_config=options)
+        if any(d.doit() == 0 for d in value.atoms(sympy.Derivative)):
+            return None  # dy/dt of an unknown y is not 0
         if isinstance(value, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in value):
             with contextlib.suppress(TypeError, NotImplementedError):
                 return sympy.Or(*value).as_set()  # x < 0 or x > 1
@@ -291,11 +349,15 @@ def same_zeros(a, b, *_):
     return sign and all(is_zero(p * s - q * r) for r, s in others)
 
 
+def plain_number(text):
+    """A number without LaTeX, as a Fraction; None for any other text."""
+    return Fraction(text) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", text) else None
+
+
 def equal_at_once(answer, gold):
     """Equality of two answers where it takes no time: of the same text, of two plain numbers, of a number and
     a word. Else None."""
-    a, b = (Fraction(text) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", text) else None
-            for text in (answer, gold))
+    a, b = plain_number(answer), plain_number(gold)
     if answer == gold or b is not None and (a is not None or re.fullmatch("[a-zA-Z]+", answer)):
         return a == b and gold not in PLACEHOLDERS
     return None
@@ -312,8 +374,8 @@ def equal(answer, gold):
     chosen, given = choice(gold), choice(answer)
     if chosen and (not chosen[1] or given and not given[1]):
         return given is not None and given[0] == chosen[0] or plain(answer).casefold() == words
-    if _WORDS.fullmatch(words):
-        return plain(answer).casefold() == words
+    if _WORDS.fullmatch(words):  # or a list of words, which has no order
+        return sorted(plain(answer).casefold().split(",")) == sorted(words.split(","))
     gold = chosen[1] if chosen else gold
     a, b, texts = read(gold), read(answer), (clean(gold), clean(answer))
     if a is None:
@@ -402,7 +464,9 @@ class Verifier:
     def unverifiable(self, answers) -> list[int]:
         """Positions of the gold answers that cannot be read or compared, so that hardly a response could earn
         a reward. With a reward of one's own there are none."""
-        asked = {a: self._threads.submit(self._ask, "verifiable", a) for a in set(answers) if not self.reward}
+        # Plain numbers need no check, and no worker, which takes seconds to start.
+        asked = {a: self._threads.submit(self._ask, "verifiable", a) for a in set(answers)
+                 if not self.reward and plain_number(a) is None}
         return [i for i, a in enumerate(answers) if a in asked and not asked[a].result()]
 
     def _compare(self, answer, gold):

@@ -269,7 +269,8 @@ class ShardedModel:
         if self.skipped_in_a_row == 10:
             raise InputError(f"ten updates in a row were not finite (loss {metrics['loss']}, norm {norm}); "
                              "continue from a checkpoint with --resume and a lower --lr or --critic-lr")
-        return {**metrics, "grad_norm": norm, "skipped": float(skip)}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {**metrics, "grad_norm": norm, "lr": rate, "skipped": float(skip)}
 
     # ---- without gradient ----
 

@@ -51,6 +51,14 @@ def sequence_advantages(rewards, value_logits):
     return rewards - value_logits.sigmoid()
 
 
+def decayed(lr, step, steps, decay):
+    """The policy's learning rate in a step, from 1 to `steps`: lr, and over the last `decay` (0 to 1) of the
+    steps a straight line from it towards 0. A run ends with the noise of its last updates; smaller ones leave
+    less of it. decay 0: always lr."""
+    left = (steps - step + 1) / steps  # the share of the run that is left, this step included: never 0
+    return lr * min(1.0, left / decay) if decay else lr
+
+
 def sequence_mean(advantages, lengths):
     """Weights advantages [B] or [B, T] for `--loss-mean sequence`, so that each response counts the same in
     the loss, whatever its length. Without this, each token counts the same. lengths [B]."""
@@ -237,6 +245,7 @@ def training_loop(run, baseline, log, last_step):
         # 4. One epoch of clipped policy steps. In the first --critic-warmup steps, only the critic learns.
         rows, updates = range(len(batch.responses)), []
         with clock("update"), policy.on_device():
+            policy.optimizer.param_groups[0]["lr"] = decayed(c.lr, step, c.steps, c.lr_decay)
             for start in rows[::minibatch_size]:
                 minibatch = rows[start : start + minibatch_size]
                 if step > c.critic_warmup:
@@ -421,6 +430,7 @@ class TrainConfig(CommandLine):
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
+    lr_decay: float = option(0.0, "the share of the steps, at the end, over which --lr falls to 0", most=1)
     critic_lr: float = option(5e-6, "learning rate of the critic")
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
@@ -470,9 +480,10 @@ class TrainConfig(CommandLine):
     TYPED = ("reward",)
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
-        steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2e-4, critic_lr=1e-3,
-        clip_high=0.28, temperature=1.0, max_prompt_tokens=64, max_response_tokens=112, save_every=0,
-        eval_every=5, dtype="float32", checkpoint_activations=False)
+        steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=3e-4, lr_decay=0.7,
+        critic_lr=1e-3, clip_high=0.28, loss_mean="sequence", temperature=1.0, max_prompt_tokens=64,
+        max_response_tokens=112, save_every=0, eval_every=10, eval_problems=512, dtype="float32",
+        checkpoint_activations=False)
 
     def check(self):
         super().check()

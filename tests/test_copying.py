@@ -92,7 +92,7 @@ def test_the_verifier(tmp_path, how):
 def test_an_engine_with_the_files_that_it_names(tmp_path, engine):
     if engine == "VLLMEngine":
         pytest.importorskip("vllm")
-    for name in ("engines.py", "cli.py", "log.py", "machine.py"):
+    for name in ("engines.py", "cli.py", "log.py", "machine.py", "reward.py"):
         shutil.copy(ROOT / name, tmp_path)
     printed, error = runs(tmp_path, f"""
 from engines import {engine}

@@ -36,7 +36,7 @@ def test_fsdp_still_takes_and_frees_memory_where_it_is_watched(device):
 
 def test_what_the_plan_adds_up():
     """Adam's moments are twice the weights, gradients as large as these; vLLM takes 40."""
-    policy, critic = Count(8, (6, 5), (20, 5)), Count(2, (3, 1), (9, 1))
+    policy, critic = Count(8, 6, 20), Count(2, 3, 9)
 
     def totals(*arguments):
         return [sum(held.values()) for held in phases(*arguments, 40).values()]
@@ -45,7 +45,7 @@ def test_what_the_plan_adds_up():
     assert totals(policy, critic, "between") == [40, 8 + 6, 32 + 20, 8 + 9]
     assert totals(policy, None, "none") == [24 + 40, 24 + 6, 32 + 20]
     plans = {1000: phases(policy, critic, "none", 40),
-             2000: phases(Count(8, (7, 5), (30, 5)), Count(2, (4, 1), (10, 1)), "none", 40)}
+             2000: phases(Count(8, 7, 30), Count(2, 4, 10), "none", 40)}
     assert largest_budget(plans, 73) == 2304  # the policy's update has 58, and 10 more for every 1,000 tokens
     assert largest_budget(plans, 47) == 0
 

@@ -53,7 +53,9 @@ def test_what_the_demo_says(demo):
         assert part in steps[1]
     assert "accuracy" in steps[0] and "accuracy" in steps[-1]
     assert "Before training:" in printed and "After training:" in printed and printed.count("\\boxed{") >= 12
-    assert "accuracy went from" in " ".join(printed.split())
+    accuracy, error = map(float, re.search(r"accuracy went from [\d.]+ to ([\d.]+) ± ([\d.]+) ", " ".join(printed.split())).groups())
+    assert accuracy == pytest.approx(metrics(output)[-1]["eval_accuracy"], abs=5e-4)
+    assert error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / TrainConfig.BUILTIN["eval_problems"]), abs=1e-3)
     assert {path.name for path in output.iterdir()} >= {"metrics.jsonl", "samples.jsonl", "curves.png", "held_out.jsonl", "model"}
     assert f"{output}/model" in printed.replace("\n", "")
 
@@ -82,6 +84,14 @@ def test_two_ranks_learn_like_one(demo, tmp_path):
     assert abs(one[1] - two[1]) < 0.1
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
     assert done.stdout.count("step 1/5") == 1  # one rank speaks
+
+
+def test_the_learning_rate_falls_over_the_last_steps(tmp_path):
+    done = run("sppo.py", *QUICK, "--steps", "4", "--lr", "1e-3", "--lr-decay", "0.75", "--engine", "transformers",
+               "--max-response-tokens", "24", "--eval-every", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [m["policy/lr"] for m in metrics(tmp_path) if "reward" in m] == pytest.approx([1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert {m["critic/lr"] for m in metrics(tmp_path) if "reward" in m} == {TrainConfig.BUILTIN["critic_lr"]}
 
 
 def test_the_fallback_engine_runs_the_same_loop(tmp_path):

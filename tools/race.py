@@ -113,7 +113,8 @@ def one_run(c, extra, name, lr, seed, prompts):
     command = [
         *ALGORITHMS[name], *critic, "--model", c.model, "--dataset", c.dataset, "--lr", lr, "--seed", seed,
         "--steps", steps, "--save-every", 0, "--eval-every", max(1, steps // EVALUATIONS),
-        "--prompts-per-step", prompts // share, "--minibatch", prompts // 2 // share, *extra]
+        "--prompts-per-step", prompts // share, "--minibatch", prompts // 2 // share,
+        "--lr-decay", 0, "--loss-mean", "token", *extra]  # as in the papers, unlike the built-in defaults
     words = name.replace(",", "").replace(" + ", " ").split()
     folder = Path(c.output) / "-".join(map(str, [*words, prompts, lr, steps, seed]))
     lines = metrics_of(folder, command, c.ranks)
