@@ -23,7 +23,8 @@ def lesson(tmp_path_factory):
 @pytest.mark.xdist_group("lesson")
 def test_every_picture_is_drawn_and_small(lesson):
     import matplotlib.image
-    for folder, others in (lesson[0] / "pictures", {"lesson.json"}), (ROOT / "docs/pictures", {"lesson.json", "step.svg", "step.png"}):
+    for folder, others in (lesson[0] / "pictures", {"lesson.json"}), (ROOT / "docs/pictures", {
+            "lesson.json", "step.svg", "step.png", "curves.png", "samples.png"}):
         assert {file.name for file in folder.iterdir()} == NAMES | others
         for name in NAMES:
             assert (folder / name).stat().st_size < 150_000
