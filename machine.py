@@ -164,8 +164,8 @@ def skeleton(auto, model, trust_remote_code, tied=True):
                 config, attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
     except Exception as error:  # each architecture has its own way to say that it cannot
         why = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
-        raise InputError(f"{model}: a model of type {config.model_type} cannot be trained here "
-                         f"({why[:200]}); {OTHERS}") from None
+        raise InputError(f"{model}: a model of type {config.model_type} cannot be trained here ({why[:200]});"
+                         f" {OTHERS}") from None
 
 
 def load(auto, model, trust_remote_code):

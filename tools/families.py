@@ -49,8 +49,8 @@ FAMILIES = {  # name: config class, and what differs from SIZES
     "Qwen3-MoE": ("Qwen3MoeConfig", EXPERTS), "Mixtral": ("MixtralConfig", EXPERTS),
     "GLM-4-MoE": ("Glm4MoeConfig", EXPERTS),
     "DeepSeek-V3": ("DeepseekV3Config", EXPERTS | dict(
-        topk_method="noaux_tc", num_key_value_heads=2, head_dim=16, q_lora_rank=None, kv_lora_rank=32,
-        qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32)),
+        topk_method="noaux_tc", num_key_value_heads=2, q_lora_rank=None, kv_lora_rank=32,
+        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32)),
     "GPT-OSS": ("GptOssConfig", EXPERTS | WINDOW), "Falcon": ("FalconConfig", {}),
     "Bloom": ("BloomConfig", {}), "MPT": ("MptConfig", dict(d_model=64, n_heads=2, n_layers=2)),
     "Mamba-2": ("Mamba2Config", dict(num_heads=2, n_groups=1, state_size=16)),
