@@ -179,8 +179,8 @@ class Policy(ShardedModel):
         rows = first[: max(16, dist.get_world_size())]  # of as many engines as there are
         ours = self.logprobs([batch.sequences[i] for i in rows])
         gaps = (ours - batch.rollout_logprobs[rows, : ours.shape[1]]).abs()[batch.mask[rows, : ours.shape[1]]]
-        # Measured: 1e-6 in float32, 0.02 to 0.06 in bfloat16. A run that resumes with --oversample goes on with
-        # responses that an earlier policy began.
+        # Measured: 1e-6 in float32, 0.02 to 0.06 in bfloat16. A run that resumes with --oversample goes on
+        # with responses that an earlier policy began.
         bound = 0.02 if self.dtype == torch.float32 and batch.expected is None else 0.2
         if not gaps.mean() <= bound:
             raise InputError(
