@@ -142,8 +142,9 @@ class VLLMEngine:
             advice = "raise --vllm-memory, or make room for it with --offload between"
             if "memory" not in str(error):  # else its weights, or the cache of one response, need more
                 advice = "try --engine transformers"
+            why = " ".join(str(error).split()).partition(" [type=")[0]  # pydantic adds all that it was given
             raise InputError(f"{model}: {self.name} does not start with it ({type(error).__name__}: "
-                             f"{' '.join(str(error).split())[:300]}); {advice}") from error
+                             f"{why[:300]}); {advice}") from error
         if on_gpu:
             say(f"vLLM takes {self.share:.2f} of a GPU's memory while it samples (--vllm-memory)")
         self._free_transformers_classes()
