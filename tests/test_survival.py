@@ -248,11 +248,13 @@ def test_an_update_that_is_not_finite_is_skipped(device):
 
 def test_ten_bad_updates_stop_the_run(tmp_path):
     (tmp_path / "bad.py").write_text("""
+from cli import clear_errors
 from sppo import Baseline, TrainConfig, train
 class Bad(Baseline):
     def advantages(self, batch):
         return batch.rewards * float("nan")
-train(TrainConfig.parse(""), Bad)
+with clear_errors():
+    train(TrainConfig.parse(""), Bad)
 """)
     done = run(tmp_path / "bad.py", *SMALL, "--output", tmp_path / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -375,4 +377,4 @@ def test_no_code_comes_with_a_model_unless_asked(tmp_path):
     model = variant(model)
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     done = run("sppo.py", "--model", model, *SMALL, *SETTINGS, "--output", tmp_path / "run")
-    assert done.returncode == 2 and "has no .safetensors file" in done.stderr
+    assert done.returncode == 2 and "has no model.safetensors" in done.stderr
