@@ -126,6 +126,8 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--output", default="results/families.md")
     c = parser.parse_args()
+    torch.set_num_threads(1)  # models this small only wait for more, and a fork would not have them
+    os.environ["OMP_NUM_THREADS"] = "1"
     for module in ("eval", "torch.distributed.fsdp", "torch.distributed.checkpoint", "vllm.v1.engine.core"):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
