@@ -157,7 +157,7 @@ def draw(data, folder):
 
 def draw_praise(plt, groups):
     """One number for each response, for two groups of them; and PPO's for each token, for the first."""
-    figure, panels = plt.subplots(3, 1, figsize=(WIDTH, 4.9), height_ratios=(8, 8, 1), dpi=130)
+    figure, panels = plt.subplots(3, 1, figsize=(WIDTH, 4.9), height_ratios=(8, 8, 1))
     colours = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", [BLAME, "white", PRAISE], 63)
     names = [name for name in groups["mixed"]["advantages"] if name != "PPO"]
     most = max(np.abs(np.hstack(rows)).max() for group in (groups["mixed"], groups["equal"])
