@@ -239,8 +239,8 @@ def lock(output):
 
 
 class Stop:
-    """`with Stop() as stop`: after SIGTERM or Ctrl-C the running step is finished and saved. A second signal
-    does what it does elsewhere: Ctrl-C raises KeyboardInterrupt, which leaves a notebook alive.
+    """`with Stop() as stop`: after SIGTERM or Ctrl-C the running step is finished and saved. A second Ctrl-C
+    raises KeyboardInterrupt, which leaves a notebook alive; a second SIGTERM ends the process.
 
     A second one within two seconds is ignored: schedulers and torchrun often send two for one request.
     """
@@ -257,9 +257,10 @@ class Stop:
     def _request(self, number, frame):
         now = time.monotonic()
         if self.requested and now - self.requested > 2:
-            self.__exit__()
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
         self.requested = self.requested or now
         with contextlib.suppress(OSError):
             if is_main():

@@ -4,7 +4,7 @@ A token-level critic must say how good every half-written proof is. This one ans
 the policy solve this problem?", with one number per prompt. That is a classification, trained with binary
 cross-entropy. The paper found that a model much smaller than the policy is enough for it.
 
-Without FSDP, mini-batches and `start_from`, all of it is this:
+V is the sigmoid of a logit. Without FSDP, mini-batches, chat template and `start_from`, all of it is this:
 
     import torch
     from transformers import AutoModel, AutoTokenizer

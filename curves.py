@@ -5,7 +5,7 @@
 
 What a healthy run looks like: reward and accuracy rise together; skill gets above 0 within some steps, since
 then the critic knows more than a constant; few tokens are clipped, and KL stays small; responses do not all
-become longer or shorter at once. docs/metrics-glossary.md says of each metric what to look for.
+become longer or shorter at once. docs/running.md says of each metric what to look for.
 """
 import json
 from pathlib import Path

@@ -24,7 +24,7 @@ BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers'
 # A sentence that asks for another form of answer than BOXED_SUFFIX does, such as GSM8K's, and DAPO-Math-17k's
 # on the hub. They are removed, because two orders contradict each other.
 OTHER_FORM = re.compile(
-    r"""[^.?!\n]*\b(?:put|write|give|provide|state|end|output|return|place|finish|conclude|report)\b[^.?!\n]*"""
+    r"""(?:^|(?<=[.?!\n]))[^.?!\n]*\b(?:put|write|give|provide|state|end|output|return|place|finish|conclude|report)\b[^.?!\n]*"""
     r"""(?:\#{4}|"Answer:"|'Answer:')[^.?!\n]*(?:[.!]["']?(?=\s|$)|(?=\n|$))""", re.IGNORECASE)
 DAPO_WORDING = re.compile(
     r"^Solve the following math problem step by step\. The last line of your response should be of the form "
@@ -205,7 +205,10 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_S
         answer = answer.rpartition("####")[2].strip()  # GSM8K's
     messages = [{"role": m["role"], "content": content} for m, content in zip(prompt, contents, strict=True)]
     if suffix == BOXED_SUFFIX:
-        messages[-1]["content"] = OTHER_FORM.sub("", DAPO_WORDING.sub("", messages[-1]["content"])).strip()
+        content = DAPO_WORDING.sub("", messages[-1]["content"])
+        if "####" in content or "answer:" in content.lower():  # else there is nothing to look for, at length
+            content = OTHER_FORM.sub("", content)
+        messages[-1]["content"] = content.strip()
     asked = "\\boxed" if suffix == BOXED_SUFFIX else suffix
     if suffix and not any(asked in m["content"] for m in messages):  # once, never twice
         messages[-1]["content"] += f" {suffix}"

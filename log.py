@@ -1,6 +1,6 @@
 """What a run tells: how long its phases take, how far it is, and what it measured and sampled in each step.
 
-    OUTPUT/metrics.jsonl    an object a step: all that was measured (docs/metrics-glossary.md explains each)
+    OUTPUT/metrics.jsonl    an object a step: all that was measured (docs/running.md explains each)
     OUTPUT/samples.jsonl    an object a response: the first of each step, with reward, V and advantage
     OUTPUT/curves.png       both, drawn when the run ends
 

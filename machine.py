@@ -107,7 +107,7 @@ def compiles():
             and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 
 
-OTHERS = "choose another model (docs/running.md has a table of families that were tried)"
+OTHERS = "choose another model (docs/running.md says which families were tried)"
 
 
 def first_line(error):

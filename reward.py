@@ -544,16 +544,18 @@ def _work(timeout, reward):
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     with contextlib.suppress(BrokenPipeError):  # the trainer was killed; then stdin ends too
         print(json.dumps(verdict), file=replies, flush=True)
-        while child := os.fork():
+        while True:
+            child = os.fork()
+            if not child:
+                os.setpgid(0, 0)  # a group of its own, with what it starts
+                return _serve(functions, timeout, replies)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             with contextlib.suppress(OSError):
-                os.killpg(child, signal.SIGKILL)  # what it started
+                os.killpg(child, signal.SIGKILL)
             if code == 0:
                 return
             verdict = "timeout" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
             print(json.dumps(verdict), file=replies, flush=True)
-    os.setpgid(0, 0)
-    _serve(functions, timeout, replies)
 
 
 def _serve(functions, timeout, replies):

@@ -188,10 +188,10 @@ class SPPO(Baseline):
         self.critic.check_rows(model, c.max_prompt_tokens)
 
     def advantages(self, batch):
-        if not self.critic.updates:
+        if not self.critic.updates:  # the first step: V is the mean of these rewards, of which each is 1 / B
             self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)
-        # V before this step's update: the critic must not have seen the rewards that V is subtracted from.
+        # From then on, V is that of before this step's update, which has not seen these rewards.
         logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
         self.values = logits.sigmoid()
         return sequence_advantages(batch.rewards, logits)
@@ -254,7 +254,8 @@ def training_loop(run, baseline, log, last_step):
         # 5. The baseline learns from what happened.
         with clock("critic"):
             learned = baseline.update(batch)
-        run.in_flight.start(baseline, step + 1)  # with --oversample: what it expects of the next prompts
+        if c.oversample:  # what it expects of the next prompts: asked while the engine sleeps, for its memory
+            run.in_flight.start(baseline, step + 1)
 
         # 6. The engine takes the new weights.
         with clock("sync"):
@@ -279,7 +280,7 @@ def training_loop(run, baseline, log, last_step):
 def policy_step(policy, batch, rows, advantages, config):
     """One optimiser step on the mini-batch `rows` (numbers of responses). advantages [B] or [B, T].
 
-    Returns metrics: means over the tokens of all responses that have a gradient.
+    Returns metrics: the loss over all tokens, the others over those of responses that have a gradient.
     """
     rows = list(rows)
     if config.loss_mean == "sequence":
@@ -288,8 +289,9 @@ def policy_step(policy, batch, rows, advantages, config):
     # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards. If
     # none is left, one is kept, because every rank must come to the optimiser step.
     useful = [i for i in rows if advantages[i].any()] or rows[:1]
+    # Two divisors. Metrics are means over the tokens that have a gradient. The loss is the mean over all
+    # tokens of the mini-batch, on all ranks, those left out too: `share` turns the first into the second.
     num_tokens = batch.mask[useful].sum()
-    # The loss is the mean over all tokens of the mini-batch, on all ranks, and those left out count too.
     share = num_tokens / batch.mask[rows].sum()
     for places in policy.micro_batches([sum(map(len, batch.sequences[i])) for i in useful]):
         micro = [useful[place] for place in places]  # numbers of responses

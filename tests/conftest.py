@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 THREADS = os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")  # models this small only wait for more
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test starts compiles sympy anew
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or idle threads of one test keep the cores from another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make or ship what they need
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1")

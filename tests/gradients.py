@@ -46,7 +46,7 @@ for budget in budgets:
         (name, p.grad.full_tensor()) for name, p in policy.module.named_parameters())
     policy.max_grad_norm = 1e9
     between_replicas.clear()
-    metrics = policy_step(policy, batch, range(len(lengths)), advantages, TrainConfig())
+    metrics = policy_step(policy, batch, range(len(lengths)), advantages, TrainConfig(loss_mean="token"))
     mine = torch.tensor([sum(map(bool, micro_batches([len(p) + len(r) for p, r in batch.sequences], budget)))])
     counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, mine)

@@ -13,7 +13,7 @@ QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", 
 
 
 @pytest.mark.parametrize("command, reports", [
-    (["grpo.py", "--steps", "4", "--prompts-per-step", "32", "--minibatch", "8"], {"group/all_equal"}),
+    (["grpo.py", "--steps", "4", "--prompts-per-step", "32", "--minibatch", "8", "--lr-decay", "0", "--loss-mean", "token"], {"group/all_equal"}),
     (["ppo.py", "--steps", "6", "--prompts-per-step", "64", "--minibatch", "16"],
      {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
     (["spo.py", "--steps", "6", "--prompts-per-step", "64", "--minibatch", "16", "--init-samples", "1"],

@@ -11,7 +11,7 @@ import torch
 from conftest import complaint, metrics, run, started
 
 from cli import InputError
-from data import Problem
+from data import BOXED_SUFFIX, Problem
 from engines import Response, sample_tokens
 from eval import (
     BENCHMARKS,
@@ -28,7 +28,7 @@ from eval import (
 from rollout import Batch
 
 ENGINES = ["vllm", "transformers"]
-FIELDS = types.SimpleNamespace(prompt_field=None, answer_field=None)
+FIELDS = types.SimpleNamespace(prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, reward=None)
 
 
 def has(engine):

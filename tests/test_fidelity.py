@@ -72,7 +72,7 @@ def test_the_mean_of_the_loss_against_a_loop(mean):
     new, old, advantages = torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1.0, -2.0, 0.5])
     scaled = sequence_mean(advantages, torch.tensor(lengths)) if mean == "sequence" else advantages
     loss, _ = clipped_policy_loss(new, old, scaled, mask)
-    assert loss.item() == pytest.approx(naive_loss(new, old, advantages, lengths, mean, TrainConfig()).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(naive_loss(new, old, advantages, lengths, mean, TrainConfig(clip_high=0.2)).item(), rel=1e-5)
     per_token = sequence_mean(advantages[:, None].expand(3, 9), torch.tensor(lengths))
     assert torch.allclose(per_token, sequence_mean(advantages, torch.tensor(lengths))[:, None].expand(3, 9))
 
@@ -81,7 +81,7 @@ def test_the_mean_of_the_loss_against_a_loop(mean):
 @pytest.mark.parametrize("dual_clip", [3.0, 0.0])
 def test_a_policy_step_takes_the_mean_and_the_dual_clip_that_are_asked_for(mean, dual_clip, device):
     """Cut into micro-batches, with a response of advantage 0, and old log-probabilities far enough for both bounds."""
-    rng, c = random.Random(0), TrainConfig(loss_mean=mean, dual_clip=dual_clip)
+    rng, c = random.Random(0), TrainConfig(loss_mean=mean, dual_clip=dual_clip, clip_high=0.2)
     policy = Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32", micro_batch_tokens=20,
                     checkpoint_activations=False)
     responses = [Response([rng.randrange(256) for _ in range(n)], [-1.0] * n, True) for n in (11, 3, 6, 8)]
@@ -128,7 +128,8 @@ def test_the_readmes_commands_have_the_papers_settings():
         for option, value in {**PAPERS, **TABLE[name]}.items():
             assert getattr(config, option) == value, (name, option)
     assert found.keys() == TABLE.keys()
-    assert PPOConfig().value_clip == 0.5 and EvalConfig().temperature == 0.6 and EvalConfig().top_p == 0.95
+    assert PPOConfig().value_clip == 0.5
+    assert EvalConfig(model="no/such").temperature == 0.6 and EvalConfig(model="no/such").top_p == 0.95
 
 
 def test_a_few_gold_answers_that_nobody_can_match_are_dropped_aloud(capsys):
@@ -139,7 +140,7 @@ def test_a_few_gold_answers_that_nobody_can_match_are_dropped_aloud(capsys):
     drop_unverifiable(training, held_out, verifier, "x.jsonl")
     assert [p.id for p in training + held_out] == [p.id for p in problems if p.id != 7]
     printed = capsys.readouterr().out
-    assert "x.jsonl, row 8: the answer '\\\\frac{' cannot be parsed; dropped 1 of" in printed
+    assert "x.jsonl, row 8: the answer '\\\\frac{' cannot be read as mathematics; dropped 1 of" in printed
     with pytest.raises(InputError, match=r"x.jsonl, row 8: .* \(as in 1 of 50 rows\); correct or remove"):
         drop_unverifiable(broken[:50], [], verifier, "x.jsonl")
     verifier.close()

@@ -103,7 +103,7 @@ def test_adams_moments_are_there_from_the_start_and_stay_where_they_are(device):
     before = places()
     assert len(before) == 2 * len([*ours.module.parameters()])
     batch = Batch([None], [[1, 2]], [Response([3, 4, 5], [-1.0] * 3, True)], torch.ones(1))
-    policy_step(ours, batch, range(1), torch.ones(1), TrainConfig())
+    policy_step(ours, batch, range(1), torch.ones(1), TrainConfig(loss_mean="token"))
     assert places() == before
     assert all(ours.optimizer.state[p]["exp_avg"].to_local().any() for p in ours.module.parameters())
 

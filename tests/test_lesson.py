@@ -23,10 +23,12 @@ def lesson(tmp_path_factory):
 @pytest.mark.xdist_group("lesson")
 def test_every_picture_is_drawn_and_small(lesson):
     import matplotlib.image
-    for folder, others in (lesson[0] / "pictures", {"lesson.json"}), (ROOT / "docs/pictures", {"lesson.json", "step.svg", "step.png"}):
+    for folder, others in (lesson[0] / "pictures", {"lesson.json"}), (ROOT / "docs/pictures", {
+            "lesson.json", "step.svg", "step.png", "curves.png", "samples.png"}):
         assert {file.name for file in folder.iterdir()} == NAMES | others
         for name in NAMES:
-            assert (folder / name).stat().st_size < 150_000
+            # Those in the repository are small; those drawn here show another run, with other texts.
+            assert (folder / name).stat().st_size < (150_000 if "lesson.json" in others and len(others) > 1 else 250_000)
             if name.endswith("png"):
                 image = matplotlib.image.imread(folder / name)
                 assert image.std() > 0.05 and image[0, 0].tolist() == [1, 1, 1, 1]  # not blank, on opaque white

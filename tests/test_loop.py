@@ -45,7 +45,7 @@ def test_samples_of_a_prompt_are_adjacent_and_greedy_ones_apart(device):
         return reward
 
     verifier = SimpleNamespace(submit=submit, timeouts=0, crashes=0, errors=0)
-    sampler = Sampler(TrainConfig(), tokenizer, SimpleNamespace(generate=generate), verifier, Clock(device))
+    sampler = Sampler(TrainConfig(temperature=0.6), tokenizer, SimpleNamespace(generate=generate), verifier, Clock(device))
     batch = sampler.sample(problems, samples=3, greedy=True)
     assert [p.id for p in batch.problems] == [p.id for p in problems for _ in range(3)]
     for prompt, response in zip(batch.prompts, batch.responses, strict=True):

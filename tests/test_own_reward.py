@@ -150,7 +150,7 @@ def test_two_ranks_train_are_killed_go_on_and_are_evaluated(tmp_path):
     rewards = [json.loads(text)["reward"] for text in (tmp_path / "e.jsonl").read_text().splitlines()[1:]]
     table = json.loads((tmp_path / "e.json").read_text())["chain"]
     assert len(rewards) == 512 and table["avg@2"][0] == pytest.approx(np.mean(rewards)) and "maj@2" not in table
-    again = run("eval.py", "--model", tmp_path / "run", "--benchmarks", "chain", "--samples", "2", "--dtype", "float32",
+    again = run("eval.py", "--reward", "", "--model", tmp_path / "run", "--benchmarks", "chain", "--samples", "2", "--dtype", "float32",
                 "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
     assert again.returncode == 2 and "holds an evaluation with reward " in again.stderr
 

@@ -159,7 +159,7 @@ def test_a_response_without_an_advantage_is_not_read_again_and_counts(device):
     advantages, read, forward, found = torch.tensor([0.0, 1.0, 0.0, -2.0]), [], ours.forward, {}
     ours.optimizer.step = lambda: found.update((name, p.grad.full_tensor()) for name, p in ours.module.named_parameters())
     ours.forward = lambda sequences: read.extend(sequences) or forward(sequences)
-    policy_step(ours, batch, range(4), advantages, TrainConfig())
+    policy_step(ours, batch, range(4), advantages, TrainConfig(loss_mean="token"))
     assert sorted(read) == sorted([batch.sequences[1], batch.sequences[3]])
     loss, _ = clipped_policy_loss(forward(batch.sequences)[0], batch.old_logprobs, advantages, batch.mask)
     loss.backward()
@@ -167,7 +167,7 @@ def test_a_response_without_an_advantage_is_not_read_again_and_counts(device):
     whole = torch.cat([parameter.grad.full_tensor().flatten() for parameter in ours.module.parameters()])
     assert far(torch.cat([gradient.flatten() for gradient in found.values()]), whole) < 1e-4
     ours.optimizer.zero_grad()
-    metrics = policy_step(ours, batch, range(4), torch.zeros(4), TrainConfig())
+    metrics = policy_step(ours, batch, range(4), torch.zeros(4), TrainConfig(loss_mean="token"))
     assert not metrics["policy/skipped"] and not any(gradient.any() for gradient in found.values())
 
 
@@ -179,7 +179,7 @@ def test_rollout_correction_reaches_the_gradient(device):
     batch, advantages, found = Batch([None] * 3, [[1, 2], [4], [6]], responses, torch.zeros(3)), torch.tensor([-1.0, 1.0, 2.0]), {}
     batch.rollout_logprobs = ours.logprobs(batch.sequences) + 0.5 * torch.randn(batch.mask.shape)
     ours.optimizer.step = lambda: found.update((name, p.grad.full_tensor()) for name, p in ours.module.named_parameters())
-    metrics = policy_step(ours, batch, range(3), advantages, TrainConfig(rollout_correction=1.2))
+    metrics = policy_step(ours, batch, range(3), advantages, TrainConfig(rollout_correction=1.2, loss_mean="token"))
     logprobs, _ = ours.forward(batch.sequences)
     weights = rollout_weights(logprobs, batch.rollout_logprobs, batch.mask, 1.2)
     loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), weights * advantages[:, None], batch.mask)
@@ -188,7 +188,7 @@ def test_rollout_correction_reaches_the_gradient(device):
     assert far(torch.cat([gradient.flatten() for gradient in found.values()]), whole) < 1e-4
     share = ((logprobs - batch.rollout_logprobs)[batch.mask].exp() > 1.2).double().mean().item()
     assert 0 < share < 1 and metrics["policy/rollout_truncated"] == pytest.approx(share)
-    assert "policy/rollout_truncated" not in policy_step(ours, batch, range(3), advantages, TrainConfig())
+    assert "policy/rollout_truncated" not in policy_step(ours, batch, range(3), advantages, TrainConfig(loss_mean="token"))
 
 
 @pytest.mark.parametrize("ranks, replicas, offload, tied", [(3, 1, "offload", True), (4, 2, "", False)])
@@ -241,7 +241,7 @@ def test_offload_between_moves_one_model_at_a_time_and_changes_nothing(device, m
             logits = critic.logits(prompts)
             with ours.on_device():
                 for _ in range(2):
-                    policy_step(ours, batch, range(2), torch.tensor([-1.0, 1.0]), TrainConfig())
+                    policy_step(ours, batch, range(2), torch.tensor([-1.0, 1.0]), TrainConfig(loss_mean="token"))
             critic.update(prompts, batch.rewards)
             weights = dict(ours.weights())
             places.append([p.to_local().data_ptr() for p in ours.module.parameters()])
@@ -263,7 +263,7 @@ def test_a_model_that_moves_takes_everything_along(device):
     """Here to `meta`, the one other device that every machine has."""
     trained = policy.Policy(BUILTIN_MODEL, device, temperature=1.0, lr=1e-3, dtype="float32")
     batch = Batch([None], [[1, 2]], [Response([3, 4, 5], [-1.0] * 3, True)], torch.ones(1))
-    policy_step(trained, batch, range(1), torch.ones(1), TrainConfig())
+    policy_step(trained, batch, range(1), torch.ones(1), TrainConfig(loss_mean="token"))
     before = [*trained.module.parameters()]
     trained._move("meta")
     after, known = [*trained.module.parameters()], trained.optimizer.param_groups[0]["params"]

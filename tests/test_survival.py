@@ -248,11 +248,13 @@ def test_an_update_that_is_not_finite_is_skipped(device):
 
 def test_ten_bad_updates_stop_the_run(tmp_path):
     (tmp_path / "bad.py").write_text("""
+from cli import clear_errors
 from sppo import Baseline, TrainConfig, train
 class Bad(Baseline):
     def advantages(self, batch):
         return batch.rewards * float("nan")
-train(TrainConfig.parse(""), Bad)
+with clear_errors():
+    train(TrainConfig.parse(""), Bad)
 """)
     done = run(tmp_path / "bad.py", *SMALL, "--output", tmp_path / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -284,7 +286,7 @@ def test_odd_rows_and_an_odd_tokenizer(tmp_path):
     """Base model: no chat template, no pad token, several end tokens. Rows with what a crawl brings."""
     model = variant(tmp_path / "model", {"chat_template": None, "pad_token": None}, {"eos_token_id": [2, 3]})
     rows = [{"problem": p, "answer": a} for p, a in (
-        ("1\x00\x07\x1b[31m2", "3"), ("lone \ud800 surrogate \udfff", "\ud83d 4"), ("\u202eright to left", "5"),
+        ("1\x00\x07\x1b[31m2", "3"), ("lone \ud800 surrogate \udfff", "4"), ("\u202eright to left", "5"),
         ("x" * 100_000, "6"), ("\n\n\n", "7"), ("🦜" * 5, "\\left( 3, \\frac{\\pi}{2} \\right)"), ("z", "$\\dfrac12$"),
         ("z2", "10\\%"), ("z3", "\\text{(C)}"), ("z4", "x \\in [-2,7]"), ("z5", "1,000,000"), ("z6", "11\\text{ cm}^2"),
         ("z7", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"))]
@@ -375,4 +377,4 @@ def test_no_code_comes_with_a_model_unless_asked(tmp_path):
     model = variant(model)
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     done = run("sppo.py", "--model", model, *SMALL, *SETTINGS, "--output", tmp_path / "run")
-    assert done.returncode == 2 and "has no .safetensors file" in done.stderr
+    assert done.returncode == 2 and "has no model.safetensors" in done.stderr

