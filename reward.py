@@ -69,10 +69,11 @@ def _boxes(text):
 
 def _joined(between):
     """Whether two boxes with this text between them are one answer, a list: it has no more than a few letters
-    besides "and" and LaTeX, or it is short and has an "or"."""
+    besides "and" and LaTeX, or it is short and has an "or" or the like."""
     words = re.sub(r"\\(?:text|mbox|mathrm|textbf)\b|\\[a-zA-Z]+|<\w+>", " ", between).lower()
     letters = re.sub(r"\b(?:and|or)\b|[\W\d_]", "", words)
-    return len(between) <= 60 and (len(letters) <= 4 or re.search(r"\bor\b", words) is not None)
+    guess = re.search(r"\b(?:or|maybe|alternatively)\b", words)
+    return len(between) <= 60 and (len(letters) <= 4 or guess is not None)
 
 
 def last_boxed(text):
@@ -109,50 +110,61 @@ def extract_answer(response, mode="boxed"):
 
 # ---- one notation for what can be written in many ways -----------------------------------------------------
 
-_SIGNS = {  # the LaTeX of other signs
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "**": "^", "*": r"\cdot ", "÷": "/", "√": r"\sqrt ",
-    "<=": r"\le ", "≤": r"\le ", ">=": r"\ge ", "≥": r"\ge ", "!=": r"\ne ", "≠": r"\ne ", "≈": r"\approx ",
-    "...": r"\ldots ", "→": r"\to ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "∞": r"\infty ",
-    "±": r"\pm ", "°": r"^\circ ", "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "、": ",", "\u200b": ""}
-_COMMANDS = {name: form for form, names in [  # what becomes of a command
+_SAME = {name: form for form, names in [  # what becomes of a command, or of a sign
     # It changes only the look.
     ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large bf rm limits "
-         "mathbf boldsymbol bm underline boxed fbox"),
+         "mathbf boldsymbol bm underline boxed fbox \u200b"),
     (" ", "quad qquad newline"),
     # Its argument is upright text.
     (r"\text", "mbox mathrm textbf textit textrm textsf texttt textnormal emph operatorname"),
     # It has the same meaning as another one.
-    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\ldots ", "dots cdots dotsc"),
-    (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("<", "lt"), (">", "gt"),
-    ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (" or ", "lor vee"), ("/", "div"),
-    (r"\emptyset ", "varnothing"), (r"\mathbb{R}", "R"), (r"^\circ ", "degree deg"), (r"\pmod ", "mod bmod"),
+    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\sqrt ", "√"), ("^", "**"), ("-", "− – — ‐"),
+    (r"\times ", "×"), (r"\cdot ", "* · ⋅"), ("/", "div ÷ ⁄"), (r"\pm ", "±"), (r"\infty ", "infinity inf ∞"),
+    ("<", "lt"), (">", "gt"), (r"\le ", "leq leqslant <= ≤"), (r"\ge ", "geq geqslant >= ≥"),
+    ("=", "equiv ≡"), (r"\ne ", "neq != ≠"), (r"\approx ", "≈"), (r"\to ", "→"), (r"\pmod ", "mod bmod"),
+    ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (r"\emptyset ", "varnothing ∅"),
+    (r"\in ", "∈"), (r"\cup ", "∪"), (" or ", "lor vee"), (" and ", "land wedge"), (r"\mathbb{R}", "R"),
+    (",", "、"), (r"\angle ", "∠"), (r"\ldots ", "dots cdots dotsc ..."), (r"^\circ ", "degree deg °"),
     # The parser does not know it as a letter.
     ("h_{bar}", "hbar")] for name in names.split()}
 
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
-_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # an argument in braces, with up to two levels in it
+_INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # what may stand in braces, with up to two levels in it
 # A unit outside of \text{}: single letters are variables, and other short words are products.
 _UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
-         r"(?!sqrt|frac)[a-zA-Z]{4,})")
+         r"[ap]\.m|(?!sqrt|frac)[a-zA-Z]{4,})(?![a-zA-Z])")
+# A unit in \text{}. It has no verb and no condition, as in 7 \text{ is wrong} or 7 \text{ if } x > 0.
+_UNIT_TEXT = (r"(?:\s*(?:/|\\cdot)?\s*\\text\s*\{(?![^{}]*\b(?:is|are|was|not|plus|minus|if|when|unless|"
+              r"than|but|except)\b)(?:[^{}\d]|\{[^{}]*\})*\})+")
 _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern becomes, in this order
-    # Spaces may group thousands: 1\,000\,000, 1 000 000, 1{,}000.
-    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\{,\}|\\[,;: ]|~|\s)\d{3})+)(?![\d/])",
+    # A list of one text is this text: ['2'].
+    (r"^\[\s*(['\"])(.*)\1\s*\]$", r"\2"),
+    # Spaces may group thousands: 1\,000\,000, 1 000 000; and braces spare a space: 1{,}000, 11{:}30.
+    (r"\{([,:])\}", r"\1"),
+    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\\[,;: ]|~|\s)\d{3})+)(?![\d/])",
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
+    # Lines of an environment are a list, but one that begins with a relation continues the one above.
+    (r"\\(begin|end)\s*\{array\}(?:\s*\{[^{}]*\})?", r"\\\1{matrix}"),
+    (r"\\(?:begin|end)\s*\{(?:align|gather|equation|split|cases)[^{}]*\}", ""),
+    (r"\\\\\s*&?\s*(?=[=<>])|&(?=\s*[=<>])", " "),
+    (r"\\\\(?=[\s\d(-]+\S)(?!.*matrix)", ","),
     # A currency, the marks around a formula, spaces and a tag are not compared: \$5, \(5\), \tag{1}.
     (r"\\?\$|[€£¥₹~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$", " "),
     (r"\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
     # Nor is a negative space, nor the first of two backslashes: \!, \\frac.
     (r"\\!|\\(?=\\[a-zA-Z])(?!.*matrix)", ""),
-    # Commands: see above.
-    (r"(?<!\\)\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
-    # A text around the whole answer says nothing: \text{5 apples}.
-    (r"^\s*\\text\s*\{([^{}]*)\}[\s.]*$", r"\1"),
+    # Functions and infinity in plain words: 2pi, sqrt(3).
+    (r"(?<![\\a-zA-Z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln|exp|inf(?:inity)?)(?![a-z])", r"\\\1 "),
+    # Commands and signs: see above.
+    (r"(?<!\\)\\([a-zA-Z]+)|\*\*|\.\.\.|[<>!]=|[^\x00-\x7f]|\*", lambda m: _SAME.get(m[1] or m[0], m[0])),
+    # A text or braces around the whole answer say nothing, nor does a full stop: \text{5 apples}.
+    (rf"^\s*(?:\\text\s*)?\{{({_INSIDE})\}}[\s.]*$", r"\1"),
+    (r"(?<!\.)\.\s*$", ""),
     # A formula in a text is a formula: \text{H_2O}. So are upright constants and functions: \text{e}^2.
     (r"\\text\s*\{([^{}]*_[^{}]*|\s*(?:[deid]|arc\w+)\s*)\}", r" \1 "),
-    # Infinity, functions and roots in plain words: 2pi, sqrt(3), \sqrt(3).
-    (r"(?<![\\a-zA-Z])inf(?:inity)?\b", r"\\infty "),
-    (r"(?<![\\a-zA-Z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![a-z])", r"\\\1 "),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    # Brackets may do what braces do: \sqrt(2), x^(n+1), \max\{3, 5\}.
+    (r"(\\sqrt|\^)\s*\(([^()]*)\)", r"\1{\2}"),
+    (r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}", r"\\\1(\2)"),
     # Degrees and percent have one sign each.
     (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
     (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"),
@@ -161,41 +173,43 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A decimal number with a period: 0.1\overline{6}, 0.333...
     (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",
      lambda m: _repeating("0" + m[1], m[2], m[3] or m[4])),
-    # Arguments get their braces: \sqrt2, \frac12, 2^10, x^(n+1), a_1; so do {1 \over 2} and {n \choose 2}.
-    (rf"\\sqrt\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\sqrt\1{\2}"),
-    (rf"\\(frac|binom)\s*{_TOKEN}", r"\\\1{\2}"),
-    (rf"(\\(?:frac|binom)\s*{_GROUP})\s*{_TOKEN}", r"\1{\2}"),
+    # Arguments get their braces: \sqrt2, \frac12, 2^10, a_1; so do {1 \over 2} and {n \choose 2}.
+    (rf"\\(frac|binom|vec|hat|bar|overline|sqrt)\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\\1\2{\3}"),
+    (rf"(\\(?:frac|binom)\s*\{{{_INSIDE}\}})\s*{_TOKEN}", r"\1{\2}"),
     (r"(?:^|\{)([^{}]*)\\(over|choose)(?![a-z])([^{}]*)(?:\}|$)",
      lambda m: rf"\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}"),
-    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w)", r"\1{\2}"),
     # A name in a subscript is a name, upright or not: K_{\text{eq}}, x_{\max}. E alone would be 2.718.
     (r"_\{\s*\\(?:text\s*\{(\w+)\}|(max|min))\s*\}", r"_{\1\2}"),
     (r"(?<![a-zA-Z\\])E_\{", "A_{E"),
-    # A modulus in round brackets, or without: (mod 5), (\text{mod } 5).
-    (r"\(\s*(?:\\text\s*\{\s*mod\s*\}|\\pmod|mod)\s*(\w+)\s*\)", r"\\pmod{\1}"),
+    # A residue is a number and its modulus: 2 \pmod 5, 2 (mod 5), 2 (\text{mod } 5).
+    (r"^([^=]+=)?([^,=]+?)[\s(]*(?:\\text\s*\{\s*mod\s*\}|\\pmod|\bmod)[\s({]*(\w+)[\s)}]*$",
+     r"\1(\2\\mod \3,\3)"),
     # A mixed number: 1 1/2.
     (r"(?<![\d}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
-    # "and" and "or" make a list, also within a text.
+    # "and" and "or" make a list, also within a text. For conditions, they differ.
     (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "),
-    (r"(?i:(?<![a-z\\])(?:and|or)(?![a-z]))|[;或和]", ","),
+    (r",?\s*(?i:(?<![a-z\\])and(?![a-z]))|[;和]", ","),
+    (r",?\s*(?i:(?<![a-z\\])or(?![a-z]))|或", ",;"),
     # A sentence that introduces the answer: The answer is 5, \text{Area} = 5.
-    (r"^(?:\\text\s*\{)?[A-Za-z]{3}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
+    (r"^(?:\\text\s*)?\{?[A-Za-z]{3}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
     # In a function, degrees count.
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*[\d.]+)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
     # After a number, a unit is dropped: 30^\circ C, 12^{\text{th}}, 5 cm^2, 6\pi \text{ cm}. An index is no
     # number: \text{H}_2\text{O}.
     (r"((?:^|,)[^,]*(?<![\d_a-zA-Z])(?<!_\{)\d[^,]*?)(?:"
-     r"\s*\^\s*\\circ\s*(?:\\text\s*\{\s*)?[CFK]?(?:\s*\})?|"
-     r"\s*\^\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|"
-     rf"(?:\s*\\text\s*\{{[^{{}}\d]*\}}|(?<=[\d}})\s])(?<![a-zA-Z]){_UNIT}(?![a-zA-Z]))(?:\^\s*\{{?\d\}}?)?"
-     r")\s*(?=$|,|%)", r"\1"),
+     r"\s*\^\s*\\circ\s*(?:\\text[\s{]*)?[CFK]?[\s}]*|\s*\^?[\s{]*(?:\\text[\s{]*)?(?:st|nd|rd|th)\b[\s}]*|"
+     rf"(?:{_UNIT_TEXT}|(?<=[\d}})\s])(?<![a-zA-Z]){_UNIT})(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", r"\1"),
     # Two signs are two answers: 2 \pm \sqrt{3}.
-    (r"^([^=]*=)?([^=]*?)\\pm([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
+    (r"^([^=]*=)?([^=]*?)\\pm(?![a-z])([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
     # A set is what its condition says: \{x | x > 1\}.
     (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),
-    # A rounded value after the exact one is left out, and a sign in front: \frac13 \approx 0.33, \approx 3.
+    # That an index is whole, or another letter real, is left out: k\pi, k \in \mathbb{Z}.
+    (r"(?<=\S)\s*(?:[,(]|\\text\s*\{\s*(?:where|with|for)\b[^{}]*\})\s*"
+     r"(?:[jkmn]\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z|[a-zA-Z]\s*\\in\s*\\mathbb[\s{]*R)[\s})]*$", ""),
+    # A rounded value after the exact one is left out: \frac13 \approx 0.33. So is a sign or a word in front.
     (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
+    (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
 ]]
@@ -207,11 +221,6 @@ def _repeating(whole, start, period):
     return rf"\frac{{{int(whole + start + period) - less}}}{{{'9' * len(period) + '0' * len(start)}}}"
 
 
-def _fraction(m):
-    """The LaTeX of a sign such as ½, whose compatible form is 1⁄2."""
-    return r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄"))
-
-
 def _letter(m):
     """The LaTeX of a Greek letter, from its name: GREEK SMALL LETTER ALPHA is \\alpha."""
     *_, size, _, letter = unicodedata.name(m[0]).replace("LAMDA", "LAMBDA").split()
@@ -221,20 +230,21 @@ def _letter(m):
 @lru_cache(1000)
 def clean(text):
     """The text of an answer in one of the many notations in which it can be written."""
-    text = re.sub(r"[¼-¾⅐-⅞]", _fraction, text.strip("* "))
-    text = re.sub("([²³¹⁰-⁻]+)|([₀-₉]+)", lambda m: f"{'^' if m[1] else '_'}{{{m[0]}}}", text)
-    text = unicodedata.normalize("NFKC", text)  # full-width digits, and those that were raised
+    text = " ".join(text.split()).strip("* ")
+    for signs, form in ("[²³¹⁰-⁻]+", "^"), ("[₀-₉]+", "_"), ("[¼-¾⅐-⅞]", ""), ("[ℂℕℚℝℤ]", r"\\mathbb"):
+        text = re.sub(signs, rf"{form}{{\g<0>}}", text)
+    text = unicodedata.normalize("NFKC", text)  # full-width digits, and those signs
     text = re.sub("[Α-ΡΣ-Ωα-ω]", _letter, text)
-    for sign, form in _SIGNS.items():
-        text = text.replace(sign, form)
     for pattern, form in _FORMS:
         text = pattern.sub(form, text)
     return text.strip(" ,").rstrip(".").strip()
 
 
 def plain(text):
-    """A text as it is compared where it cannot be read: without spaces, fonts and braces."""
-    return re.sub(r"\\text\s*|[\s{}\"'“”]|\\(?=[{}])", "", clean(text)).rstrip(".:,;")
+    """A text as it is compared where it cannot be read: without spaces, fonts and braces, except those that
+    separate, as in 1 2 and \\frac{1}{23}."""
+    text = re.sub(r"\\[{}]|[;\"'“”]|(?<!\d)\s|\s(?!\d)", "", clean(text))
+    return re.sub(r"\\text\{([^{}]*)\}|(?<![\w^}\]\\])\{([^{}]*)\}", r"\1\2", text).rstrip(".:,;")
 
 
 def choice(text):
@@ -248,19 +258,22 @@ def choice(text):
 # ---- is it equal to the gold answer? -----------------------------------------------------------------------
 
 # The commands that the parser reads rightly. If there is any other in an answer, it is not read.
-_KNOWN = re.compile(
+_KNOWN = {name for names in (
     # numbers and functions
-    r"\\(?:frac|sqrt|cdot|times|pi|infty|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|binom|max|min|gcd|"
-    r"[lr]floor|[lr]ceil|sum|prod|int|lim|to|begin|end|det|"
+    "frac sqrt cdot times pi infty sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp",
+    "binom max min gcd lcm mod lfloor rfloor lceil rceil sum prod int lim to begin end det",
     # relations and sets
-    r"le|ge|ne|in|cup|emptyset|mathbb|setminus|"
+    "le ge ne in cup emptyset mathbb setminus",
     # names
-    r"overline|bar|vec|hat|overrightarrow|angle|triangle|alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|"
-    r"[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell"
-    r")(?![a-zA-Z])|\\[{}\\|]")
-# What it would misread: nothing, two numbers side by side, a number with an index, other alphabets and signs,
-# words.
-_UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
+    "overline bar vec hat overrightarrow angle triangle ell alpha beta gamma Gamma delta Delta epsilon zeta",
+    "varepsilon eta theta Theta kappa lambda Lambda mu nu xi Xi rho sigma Sigma tau phi Phi varphi chi psi",
+    "Psi omega Omega") for name in names.split()}
+# What it would misread: nothing, two numbers side by side, a number with an index, a backslash before a sign,
+# other alphabets and signs, words.
+_UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|(?<!\\)\\(?![{}\\|])|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
+# Products of vectors and of matrices have an order, which is lost as soon as they are read. ^T is no power.
+_ORDERED = re.compile(r"\\(?:vec|mathbf|boldsymbol|bm|overrightarrow|hat)\w+\\times|\^T(?![a-z])|"
+                      r"[A-Z]\^-1(?:\\[a-z]+)?[A-Z]|[A-Z](?:\\[a-z]+)?[A-Z]\^-1")
 # A text of words has no digit, no operator and no LaTeX.
 _WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")
 
@@ -281,19 +294,20 @@ def read(text):
     """Sympy's form of an answer, or None if not all of it can be read."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import And, ConversionConfig, latex2sympy
+    if _ORDERED.search(re.sub(r"[\s{}]", "", text)):
+        return None
     text = clean(text).rstrip("%")
     words = re.sub(r"\\[a-zA-Z]+(?:\{[a-z]*matrix\})?|_\{[^{}]*\}", ",", text)
     braces = re.findall(r"(?<!\\)[{}]", text)
-    if _UNKNOWN.search(words) or "\\" in _KNOWN.sub("", text) or braces.count("{") != braces.count("}"):
+    commands = set(re.findall(r"\\([a-zA-Z]+)", text))
+    if _UNKNOWN.search(words) or commands - _KNOWN or braces.count("{") != braces.count("}"):
         return None
-    options = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    options = {"is_real": True, "convert_degrees": False, "conversion_config": ConversionConfig(
+        interpret_as_mixed_fractions=False, lowercase_symbols=False)}
     with contextlib.suppress(Exception):  # the parser raises many kinds
-        value = latex2sympy(text, is_real=True, convert_degrees=False, conversion_config=options)
+        value = solutions(latex2sympy(text.replace(";", ""), **options), ";" in text)
         if any(d.doit() == 0 for d in value.atoms(sympy.Derivative)):
             return None  # dy/dt of an unknown y is not 0
-        if isinstance(value, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in value):
-            with contextlib.suppress(TypeError, NotImplementedError):
-                return sympy.Or(*value).as_set()  # x < 0 or x > 1
         equations = value._unsorted_args if isinstance(value, And) else (value,)
         if all(isinstance(e, sympy.Eq) for e in equations):  # a chain: 3 + 4 = 7 is 7, and 6 = 7 is nothing
             sides = [equations[0].lhs, *(e.rhs for e in equations)]
@@ -302,6 +316,21 @@ def read(text):
                 return None
             return value if len(numbers) < len(sides) else numbers[0]
         return value if isinstance(value, sympy.Basic | sympy.MatrixBase) else None
+
+
+def solutions(value, one_is_enough):
+    """Inequalities in one variable as the equation of its name and the set of its values; else the value.
+    one_is_enough: they are joined by "or". Those that contradict each other are too: x < 0, x > 1."""
+    from sympy import And, Eq, FiniteSet, Or, Rel
+    from sympy.logic.boolalg import BooleanFunction
+    parts = value.args if isinstance(value, FiniteSet) else (value,)
+    conditions = all(isinstance(part, Rel | BooleanFunction) for part in parts)
+    if conditions and len(value.free_symbols) == 1 and (len(parts) > 1 or not value.has(Eq)):
+        with contextlib.suppress(TypeError, NotImplementedError):
+            found = And(*parts).as_set()
+            found = Or(*parts).as_set() if one_is_enough or found.is_empty else found
+            return value if found.is_empty else Eq(*value.free_symbols, found, evaluate=False)
+    return value
 
 
 def at_points(x, y):
@@ -342,11 +371,21 @@ def same_value(x, y, decimals=None, *_):
 
 def same_zeros(a, b, *_):
     """Whether two equations or inequalities say the same: their sides' differences have a constant ratio."""
+    if a.lhs == b.lhs and not hasattr(a.rhs, "as_real_imag"):  # a name and a set, a point, a matrix
+        return _grader().sympy_expr_eq(a.rhs, b.rhs, None, None)
     (p, q), *others = at_points(a.lhs - a.rhs, b.lhs - b.rhs)
     if type(a) is not type(b) or all(is_zero(r - p) for r, _ in others):  # no variable is left: x = x + 1
         return False
     sign = a.rel_op in ("==", "!=") or bool((p / q).is_positive)
     return sign and all(is_zero(p * s - q * r) for r, s in others)
+
+
+def different_kinds(a, b, texts):
+    """Whether one is a set or a condition, and the other a point. The list 1, 2 may be the
+    point (1, 2), which is read as an interval; but {1, 2} is no point, and 1 < x < 2 no list."""
+    kinds = {type(getattr(x, "rhs", x)).__name__ for x in (a, b)}
+    return kinds in ({"FiniteSet", "Interval"}, {"FiniteSet", "Tuple"}) and (
+        any("\\{" in text for text in texts) or any(getattr(x, "lhs", x).is_Symbol for x in (a, b)))
 
 
 def plain_number(text):
@@ -365,29 +404,31 @@ def equal_at_once(answer, gold):
 
 def equal(answer, gold):
     """Mathematical equality of two answers. It may never return: call it in a process that may be killed."""
-    gold = re.sub(r"^\[\s*(['\"])(.*)\1\s*\]$", r"\2", gold.strip())  # a list of one text
-    if (known := equal_at_once(answer.strip(), gold)) is not None:
+    answer, gold = answer.strip(), gold.strip()
+    if (known := equal_at_once(answer, gold)) is not None:
         return known
-    words = plain(gold).casefold()
-    if plain(answer) == plain(gold) != "" or words in PLACEHOLDERS:
-        return words not in PLACEHOLDERS
+    text, gold_text = plain(answer), plain(gold)
+    words, gold_words = text.casefold(), gold_text.casefold()
+    if gold_words in PLACEHOLDERS or text == gold_text != "":
+        return gold_words not in PLACEHOLDERS
     chosen, given = choice(gold), choice(answer)
-    if chosen and (not chosen[1] or given and not given[1]):
-        return given is not None and given[0] == chosen[0] or plain(answer).casefold() == words
-    if _WORDS.fullmatch(words):  # or a list of words, which has no order
-        return sorted(plain(answer).casefold().split(",")) == sorted(words.split(","))
+    if chosen and (not chosen[1] or given and not given[1]):  # at least one is a letter alone
+        return given is not None and given[0] == chosen[0] or words == gold_words
+    if _WORDS.fullmatch(gold_words):  # a list has no order; and AB may be written A, B or (A), (B)
+        return (sorted(words.split(",")) == sorted(gold_words.split(","))
+                or re.sub("[(),]", "", words) == gold_words.replace(",", ""))
     gold = chosen[1] if chosen else gold
-    a, b, texts = read(gold), read(answer), (clean(gold), clean(answer))
-    if a is None:
-        return plain(answer).strip("\\") == plain(gold).strip("\\")
-    if b is None or re.fullmatch(r"\([^()]*\)\n\\\{[^(){}|<>=]*\\\}|\d+_\S+\n\d+_\S+",
-                                   "\n".join(sorted(texts))):
-        return False  # not read; or a point and a set; or numbers to two bases
-    decimals = bool(re.search(r"\d\.\d|\.\d", gold)) != bool(re.search(r"\d\.\d|\.\d", answer))
-    percent = [text.endswith("%") for text in texts]  # 50 % is 0.5, and 50 too, where that was asked for
+    a, b = read(gold), read(answer)
+    if a is None or b is None:
+        return text == plain(gold)
+    texts = clean(gold), clean(answer)
+    if different_kinds(a, b, texts) or all(re.fullmatch(r"\d+_\S+", text) for text in texts):
+        return False  # or numbers to two bases
     same = _grader().sympy_expr_eq
-    return same(a, b, decimals, None, True) or percent[0] != percent[1] and same(
-        *(x / 100 if p else x for x, p in zip((a, b), percent, strict=True)), decimals, None)
+    decimals = bool(re.search(r"\.\d", gold)) != bool(re.search(r"\.\d", answer))
+    percent = [text.endswith("%") for text in texts]  # 50 % is 0.5, and 50 too, where that was asked for
+    return same(a, b, decimals, None) or percent[0] != percent[1] and same(
+        a / 100 if percent[0] else a, b / 100 if percent[1] else b, decimals, None)
 
 
 def verifiable(gold):

@@ -1,17 +1,23 @@
 """How often the verdict is wrong on labelled pairs, beside plain math-verify, and how fast it is.
 
-    python -m tools.verdicts FILE.jsonl
+    python -m tools.verdicts FILE.jsonl            # both, on labelled pairs
+    python -m tools.verdicts FILE.jsonl --speed    # wrong answers a second, and maj@16 of 500 problems
 
-Each line has a `response`, a `gold` answer, and the `reward` that is due, 1 or 0.
+Each line has a `response`, a `gold` answer, and the `reward` that is due, 1 or 0. For --speed, gold answers
+that are no plain numbers get another digit.
 """
 import argparse
 import json
 import multiprocessing
+import os
+import random
+import re
 import time
 from pathlib import Path
 
 from cli import say
-from reward import Verifier
+from eval import per_problem
+from reward import Verifier, plain_number
 
 
 def plain_math_verify(text, gold):
@@ -34,11 +40,38 @@ def plain(pairs):
     return rewards
 
 
-def main(path):
+def measure_speed(golds, verifier):
+    """Prints how long wrong expressions take, and `eval.py`'s majority of 4 right and 12 wrong answers to 500
+    problems."""
+    def other_digit(gold):
+        where = rng.choice([match.start() for match in re.finditer(r"\d", gold)])
+        return gold[:where] + rng.choice("123456789".replace(gold[where], "")) + gold[where + 1 :]
+
+    rng = random.Random(0)
+    golds = sorted({gold for gold in golds if re.search(r"\d", gold) and plain_number(gold) is None})
+    wrong = [(f"\\boxed{{{other_digit(gold)}}}", gold) for gold in golds * 4]
+    start = time.perf_counter()
+    verifier.score(*zip(*wrong, strict=True))
+    seconds = time.perf_counter() - start
+    say(f"{len(wrong)} wrong expressions: {len(wrong) / seconds:.0f} a second on two workers")
+    records = [{"problem": i, "sample": j, "gold": golds[i % len(golds)], "reward": float(j < 4), "tokens": 1,
+                "finished": True} for i in range(500) for j in range(16)]
+    for record in records:
+        record["answer"] = record["gold"] if record["reward"] else other_digit(record["gold"])
+    start = time.perf_counter()
+    per_problem(records, verifier.equal)
+    seconds = time.perf_counter() - start
+    say(f"maj@16 of 500 problems, no plain numbers: {seconds:.0f} s (load {os.getloadavg()[0]:.1f})")
+
+
+def main(path, speed_only):
     pairs = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     responses, golds = [[pair[name] for pair in pairs] for name in ("response", "gold")]
     verifier = Verifier()  # with two workers
     verifier.score(["\\boxed{\\sqrt{2}}"] * 2, ["\\frac12"] * 2)  # both workers are up
+    if speed_only:
+        measure_speed(golds, verifier)
+        return verifier.close()
     start = time.perf_counter()
     ours = verifier.score(responses, golds)
     seconds = time.perf_counter() - start
@@ -57,4 +90,5 @@ if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("path", metavar="FILE.jsonl")
-    main(parser.parse_args().path)
+    parser.add_argument("--speed", dest="speed_only", action="store_true")
+    main(**vars(parser.parse_args()))
