@@ -165,12 +165,14 @@ class VLLMEngine:
         self.config = set_current_vllm_config(config)
         self.config.__enter__()  # for as long as the engine lives
 
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None,
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, top_k=0, seeds=None, partial=None,
                  pause_after=None, wait_for=()):
         """Samples one response per prompt, and yields (number of the prompt, Response) as they end.
 
         prompts: lists of token ids; repeat one to sample it more often.
         temperature: one number, or one per prompt; 0 is greedy.
+        top_k, top_p: of each token's distribution only the k likeliest (0: all), and of these the likeliest
+            of this total probability.
         max_tokens: of a response; one number, or one per prompt.
         seeds: one per prompt; a response then depends on its seed alone (and on rounding).
         partial: a Response per prompt, to be continued.
@@ -186,10 +188,10 @@ class VLLMEngine:
         for i, prompt in enumerate(prompts):
             started = partial[i].ids  # read again, as a longer prompt, and counted as a part of the response
             engine.add_request(str(i), {"prompt_token_ids": prompt + started}, self.SamplingParams(
-                temperature=temperatures[i], top_p=top_p, max_tokens=limits[i] - len(started),
-                seed=seeds and seeds[i], stop_token_ids=self.stop, ignore_eos=True, detokenize=False,
+                temperature=temperatures[i], top_p=top_p, top_k=top_k, seed=seeds and seeds[i],
+                max_tokens=limits[i] - len(started), stop_token_ids=self.stop, ignore_eos=True,
                 # Log-probabilities of the sampled tokens only; a response when it ends, not token by token.
-                logprobs=0, flat_logprobs=True, output_kind=self.FINAL_ONLY))
+                logprobs=0, flat_logprobs=True, output_kind=self.FINAL_ONLY, detokenize=False))
 
         def response(i, ids, flat, finished, paused=False):
             logprobs = [flat.logprobs[k] for k in flat.start_indices]
@@ -312,7 +314,7 @@ class TransformersEngine:
         ).to(device).eval()
 
     @torch.no_grad()
-    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, seeds=None, partial=None,
+    def generate(self, prompts, *, temperature, max_tokens, top_p=1.0, top_k=0, seeds=None, partial=None,
                  pause_after=None, wait_for=()):
         """As VLLMEngine's, in batches of prompts of about the same length. But no response can be paused or
         continued, and `max_tokens` is one number."""
@@ -324,7 +326,7 @@ class TransformersEngine:
         for rows in (order[start : start + self.BATCH] for start in range(0, len(order), self.BATCH)):
             writing = {i: Response([], [], False) for i in rows}
             for tokens, logprobs in self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows],
-                                                 top_p, [seeds[i] for i in rows], max_tokens):
+                                                 top_p, top_k, [seeds[i] for i in rows], max_tokens):
                 progress.add(tokens=len(writing))
                 for i, token, logprob in zip(rows, tokens, logprobs, strict=True):
                     if i in writing:  # a row that has ended is still decoded with its batch, but not read
@@ -337,7 +339,7 @@ class TransformersEngine:
                 if not writing:
                     break
 
-    def _decode(self, prompts, temperatures, top_p, seeds, steps):
+    def _decode(self, prompts, temperatures, top_p, top_k, seeds, steps):
         """Yields, `steps` times, the next token and its log-probability of every row: two lists [b]."""
         from transformers import DynamicCache
         # Padded on the left, so that all rows write their next token at the same place.
@@ -352,7 +354,8 @@ class TransformersEngine:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             output = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                              past_key_values=cache, logits_to_keep=1)
-            tokens, logprobs = sample_tokens(output.logits[:, -1], temperatures, top_p, uniform[:, step])
+            tokens, logprobs = sample_tokens(output.logits[:, -1], temperatures, top_p, top_k,
+                                             uniform[:, step])
             yield tokens.tolist(), logprobs.tolist()
             ids = tokens[:, None]  # keys and values of everything before it are in the cache
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -370,15 +373,17 @@ class TransformersEngine:
         pass
 
 
-def sample_tokens(logits, temperatures, top_p, uniform):
-    """Draws a token from each row's softmax(logits / temperature), kept to its likeliest
-    tokens of total mass top_p.
+def sample_tokens(logits, temperatures, top_p, top_k, uniform):
+    """Draws a token from each row's softmax(logits / temperature), kept to its `top_k` likeliest tokens (0:
+    all), and to the likeliest of these of total mass top_p.
 
     logits [b, V]; temperatures [b], 0 for the likeliest token; uniform [b], random numbers in [0, 1).
     Returns tokens [b] and their log-probabilities [b] in the distribution that they were drawn from.
     """
     greedy = (temperatures == 0)[:, None]
     logits = logits.float() / torch.where(greedy, 1.0, temperatures[:, None])
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         probabilities, order = logits.softmax(-1).sort(descending=True)
         excess = probabilities.cumsum(-1) - probabilities >= top_p  # likelier tokens have that mass already

@@ -110,7 +110,7 @@ def benchmark_metrics(name, batch, samples):
     """{eval/NAME/METRIC: mean} of a Batch with `samples` responses to each problem."""
     solved = batch.rewards.view(-1, samples)  # [problems, samples]
     metrics = {f"avg@{samples}": solved.mean(), f"pass@{samples}": solved.amax(1).mean(),
-               "tokens": batch.lengths.float().mean(), "cut_off": batch.metrics()["truncated"]}
+               "tokens": batch.lengths.float().mean(), "cut_off": batch.truncated}
     return {f"eval/{label(name)}/{key}": float(value) for key, value in metrics.items()}
 
 
@@ -247,6 +247,7 @@ class EvalConfig(CommandLine):
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")
     top_p: float = option(TOP_P, "only the likeliest tokens of this total probability", positive=True, most=1)
+    top_k: int = option(0, "only this many of the likeliest tokens (0: all)")
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
@@ -298,7 +299,7 @@ def run_evaluation(c):
     c.dtype = compute_dtype(c.dtype, device)
     check_ranks(tensor_parallel=c.tensor_parallel)
     settings = {"model": c.model, "weights": fingerprint(c.model, c.trust_remote_code)}
-    for name in ("temperature", "top_p", "max_response_tokens", "answer", "dtype", "seed", "reward"):
+    for name in ("temperature", "top_p", "top_k", "max_response_tokens", "answer", "dtype", "seed", "reward"):
         settings[name] = getattr(c, name)
     name = (run_of(c.model) or Path(c.model)).name
     records = RolloutFile(c.output or f"runs/eval/{name}.jsonl", settings)
@@ -348,7 +349,7 @@ def sample_all(c, engine, tokenizer, verifier, file, todo, prompts):
         for sampled in sample_and_verify(
                 engine, verifier, tokenizer, [prompts[key[:2]] for key, _ in part],
                 [problem.answer for _, problem in part], temperature=c.temperature, top_p=c.top_p,
-                max_tokens=c.max_response_tokens, seeds=seeds):
+                top_k=c.top_k, max_tokens=c.max_response_tokens, seeds=seeds):
             waiting.append(sampled)
             write_verified()
         write_verified(wait=True)
@@ -366,8 +367,9 @@ def report(c, records, verifier, path):
                          for key, values in columns.items()}
     n = c.samples
     shown = [f"avg@{n}", *([] if c.reward else [f"maj@{n}"]), f"pass@{n}"] if n > 1 else ["avg@1"]
-    say(f"\n{c.model}, {n} samples at temperature {c.temperature}, top-p {c.top_p}, at most "
-        f"{c.max_response_tokens} tokens: percent, with 95 % bootstrap intervals over problems\n")
+    say(f"\n{c.model}, {n} samples at temperature {c.temperature}, top-p {c.top_p}, top-k "
+        f"{c.top_k or 'all'}, at most {c.max_response_tokens} tokens: percent, with 95 % bootstrap intervals "
+        "over problems\n")
     say(f"{'benchmark':<20} problems" + "".join(f"{name:>20}" for name in shown) + "    tokens   cut off")
     for name, row in table.items():
         count = sum(len(m["tokens"]) for key, m in metrics.items() if name in (key, "mean"))

@@ -79,24 +79,26 @@ def test_interval():
     assert (high - low) / 2 == pytest.approx(half / math.sqrt(2), rel=0.1)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (0.0, 1.0)])
-def test_the_transformers_sampler_draws_from_the_distribution_that_it_reports(temperature, top_p):
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (0.0, 1.0, 0), (1.0, 1.0, 3),
+                                                       (1.0, 0.5, 4)])
+def test_the_transformers_sampler_draws_from_the_distribution_that_it_reports(temperature, top_p, top_k):
     torch.manual_seed(0)
     logits, count = torch.randn(1, 12) * 2, 20_000
     if temperature:
         p = (logits / temperature).softmax(-1)[0]
-        order = p.argsort(descending=True).tolist()
-        kept = next(n for n in range(1, 13) if sum(p[i].item() for i in order[:n]) >= top_p - 1e-6)
+        order = p.argsort(descending=True).tolist()[: top_k or None]
+        p /= sum(p[i].item() for i in order)
+        kept = next(n for n in range(1, len(order) + 1) if sum(p[i].item() for i in order[:n]) >= top_p - 1e-6)
         expected = torch.tensor([p[i].item() if i in order[:kept] else 0.0 for i in range(12)])
         expected /= expected.sum()
     else:
         expected = torch.nn.functional.one_hot(logits.argmax(), 12).float()
     uniform, temperatures = torch.rand(count), torch.full((count,), temperature)
-    tokens, logprobs = sample_tokens(logits.expand(count, -1), temperatures, top_p, uniform)
+    tokens, logprobs = sample_tokens(logits.expand(count, -1), temperatures, top_p, top_k, uniform)
     assert (torch.bincount(tokens, minlength=12) / count - expected).abs().max() < 0.015
     if temperature:
         assert torch.allclose(logprobs.exp(), expected[tokens], atol=1e-5)
-    again, _ = sample_tokens(logits.expand(3, -1), temperatures[:3], top_p, uniform[[5, 2, 9]])
+    again, _ = sample_tokens(logits.expand(3, -1), temperatures[:3], top_p, top_k, uniform[[5, 2, 9]])
     assert again.tolist() == tokens[[5, 2, 9]].tolist()  # a row depends on its own random number alone
 
 
