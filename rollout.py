@@ -38,10 +38,17 @@ class Batch:
         self.rollout_logprobs[self.mask] = torch.tensor([lp for r in self.responses for lp in r.logprobs])
         self.sequences = [(p, r.ids) for p, r in zip(self.prompts, self.responses, strict=True)]
 
-    def metrics(self):
-        """What the responses were like."""
+    @property
+    def truncated(self):
+        """The share of responses that ran out of tokens."""
+        return sum(not r.finished for r in self.responses) / len(self.responses)
+
+    def metrics(self, advantages):
+        """What the responses and their advantages ([B], or [B, T]) were like. The variance is around 0: no
+        good baseline leaves another mean."""
+        squares = (advantages if advantages.dim() == 1 else advantages[self.mask]).square()
         return {"reward": self.rewards.mean().item(), "response_tokens": self.lengths.float().mean().item(),
-                "truncated": sum(not r.finished for r in self.responses) / len(self.responses)}
+                "truncated": self.truncated, "advantage/variance": squares.mean().item()}
 
 
 def make_verifier(c):

@@ -263,7 +263,7 @@ def training_loop(run, baseline, log, last_step):
         clock.end_step()
 
         # 7. The end: the log, at times an evaluation, and a checkpoint to continue from.
-        log.add(batch.metrics(), run.sampler.metrics, mean_of(updates), learned, clock.phases)
+        log.add(batch.metrics(advantages), run.sampler.metrics, mean_of(updates), learned, clock.phases)
         log.sampled(batch, advantages, baseline.values, run.tokenizer)
         if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
             evaluate_policy(run, log, step)
@@ -482,7 +482,7 @@ class TrainConfig(CommandLine):
     TYPED = ("reward",)
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
-        steps=40, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=3e-4, lr_decay=0.7,
+        steps=70, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2.5e-4, lr_decay=0.7,
         critic_lr=1e-3, clip_high=0.28, loss_mean="sequence", temperature=1.0, max_prompt_tokens=64,
         max_response_tokens=112, save_every=0, eval_every=10, eval_problems=512, dtype="float32",
         checkpoint_activations=False)
