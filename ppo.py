@@ -147,6 +147,11 @@ class PPOConfig(TrainConfig):
     value_loss: Literal["mse", "bce"] = option("mse", "squared error or cross-entropy", group="algorithm")
     value_clip: float = option(0.5, "with mse: values are clipped to this distance from those when sampled")
     lam: float = option(1.0, "GAE's lambda: 1 is R - V(s_t), 0 the one-step temporal difference", most=1)
+    # As in the SPPO paper's runs of PPO: a value per token takes longer to learn.
+    critic_lr: float = option(1e-5, "learning rate of the critic")
+    critic_warmup: int = option(50, "first steps, in which the critic learns and the policy does not")
+
+    BUILTIN = TrainConfig.BUILTIN | {"critic_warmup": 0}
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,6 +10,7 @@ from checkpoint import check_output
 from cli import BUILTIN_MODEL, CommandLine, InputError, option
 from eval import EvalConfig
 from grpo import GRPOConfig
+from ppo import PPOConfig
 from sppo import TrainConfig
 
 
@@ -23,10 +24,13 @@ def finished_run(folder, **options):
 
 
 def test_defaults_are_the_same_from_python_and_on_the_command_line():
-    assert TrainConfig() == TrainConfig.parse("", []) and TrainConfig().steps == 40 and TrainConfig().dtype == "float32"
+    assert TrainConfig() == TrainConfig.parse("", []) and TrainConfig().steps == 70 and TrainConfig().dtype == "float32"
     assert TrainConfig(lr=0.0, model=BUILTIN_MODEL) == TrainConfig.parse("", ["--lr", "0"])
     assert TrainConfig(model="no/such").steps == TrainConfig.defaults()["steps"] == TrainConfig.parse("", ["--model", "no/such"]).steps
     assert GRPOConfig(baseline="rloo").output == "runs/rloo" and GRPOConfig().steps == 20
+    papers, ours = PPOConfig(model="no/such"), PPOConfig()
+    assert (papers.critic_warmup, papers.critic_lr, papers.lr) == (50, 1e-5, 1e-6)
+    assert (ours.critic_warmup, ours.critic_lr) == (0, 1e-3)
     assert TrainConfig(checkpoint_activations=True).checkpoint_activations and not TrainConfig().checkpoint_activations
 
 
