@@ -5,7 +5,7 @@ import statistics
 import pytest
 from conftest import ROOT, complaint, metrics, run
 
-from tools.lesson import main
+from tools.lesson import correlation, main, ranks
 
 NAMES = {f"{name}.{kind}" for name in ("praise", "critic", "clock") for kind in ("png", "svg")}
 OPTIONS = ["--engine", "transformers", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "12", "--lr", "1e-3",
@@ -15,7 +15,7 @@ OPTIONS = ["--engine", "transformers", "--prompts-per-step", "16", "--minibatch"
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lesson")
-    done = run("tools/lesson.py", "--output", folder / "pictures", "--", *OPTIONS, "--output", folder / "run")
+    done = run("tools/lesson.py", "--output", folder / "pictures", "--seeds", "2", "--responses", "4", "--", *OPTIONS, "--output", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder, json.loads((folder / "pictures/lesson.json").read_text())
 
@@ -61,7 +61,11 @@ def test_those_who_look_on_change_nothing_and_cost_no_phase_time(lesson, tmp_pat
     lines = metrics(folder / "run")[1:]
     assert [at["step"] for at in data["critic"]] == [1, 2, 3]
     for at in data["critic"]:
-        assert len(at["share"]) == len(at["value"]) == 12 and all(8 * share == int(8 * share) for share in at["share"])
+        assert len(at["share"]) == len(at["value"]) == 12
+        assert all(4 * share == int(4 * share) for share in at["share"])
+    assert [[at["step"] for at in seed] for seed in data["knows"]] == [[1, 2, 3]] * 2
+    assert data["knows"][0][2]["r"] == pytest.approx(statistics.correlation(data["critic"][2]["value"], data["critic"][2]["share"]),
+                                                     abs=0.01)
     assert data["seconds"]["update"] == statistics.median(m["time/update"] for m in lines)
     # The critic's time has two parts, and not that of PPO's critic and SPO's tracker.
     assert 0 < data["seconds"]["V"] + data["seconds"]["learn"] < statistics.median(m["time/critic"] for m in lines)
@@ -69,6 +73,14 @@ def test_those_who_look_on_change_nothing_and_cost_no_phase_time(lesson, tmp_pat
     assert done.returncode == 0, done.stderr
     for name in ("reward", "response_tokens", "policy/loss", "policy/kl", "critic/bce", "critic/loss"):
         assert [m[name] for m in metrics(tmp_path)[1:]] == [m[name] for m in lines], name
+
+
+def test_correlations():
+    x, y = [0.3, 0.1, 0.3, 0.9, 0.3], [1.0, 0.0, 0.5, 0.5, 0.7]
+    naive = [[1 + sum(b < a for b in values) + (values.count(a) - 1) / 2 for a in values] for values in (x, y)]
+    assert [ranks(x).tolist(), ranks(y).tolist()] == naive
+    assert correlation(x, y) == pytest.approx(statistics.correlation(x, y), abs=1e-3)
+    assert correlation([1, 1], [0, 1]) is None
 
 
 def test_bad_input_is_one_clear_sentence(capsys):

@@ -1,12 +1,13 @@
 """The race's arithmetic, by hand; the committed results; and a race of two steps through the command line."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, complaint, metrics, run
 
 from checkpoint import lock
-from tools import race, race_results
+from tools import claims, race, race_results
 from tools.race import main
 from tools.race_results import best_rates, cost_to, ratio_text, smooth, speed, student_interval
 
@@ -67,11 +68,62 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path, folder):
     assert {f.name for f in tmp_path.iterdir()} <= {f.name for f in (ROOT / folder).iterdir()}
 
 
-def test_committed_claims_are_those_of_the_committed_results():
-    results = json.loads((ROOT / "results/race.json").read_text())
-    page = (ROOT / "results/README.md").read_text().replace("\n", " ")
-    for claim, text in race_results.claims(results).items():
-        assert text in page, claim  # and README's numbers are those of this page: test_pages.py
+def test_the_readmes_claims_and_verdicts_are_computed_from_the_committed_results():
+    assert claims.table() in (ROOT / "README.md").read_text()
+    for row in claims.claims():
+        assert all(len(cell) <= 60 for cell in row[:4]) and row[3].split(" (")[0] in {"yes", "no", "partly", "not run"}
+
+
+def ends(name, *accuracy):
+    return [runner(name, seed, [a] * 3, prompts=256) for seed, a in enumerate(accuracy)]
+
+
+def verdicts(**changed):
+    """{claim: verdict} for a race in which all end at 0.8, but for those named."""
+    names = "SPPO", "SPPO, small critic", "GRPO", "PPO", "PPO + BCE", "SPO"
+    runs = [each for name in names for each in ends(name, *changed.get(name, (0.8, 0.81, 0.79)))]
+    for each in runs:
+        each["metrics"] = {"group/all_right": [0.1, changed.get("all_right", 0.1)], "group/all_wrong": [0.0, 0.0],
+                          "critic/auc_tenth_1": [0.8], "critic/auc_tenth_10": [changed.get("auc", 0.8)]}
+    rows = claims.of_the_race({"race": {"runs": runs, "settings": {"lr": "1"}}})
+    return {claim: verdict for claim, _, _, verdict, _ in rows}
+
+
+def test_verdicts_follow_from_results():
+    alike, low, high = verdicts(), (0.5, 0.52, 0.48), (0.9, 0.92, 0.88)
+    assert alike["SPPO ends as high as GRPO"] == "yes" and alike["A small critic is enough"] == "yes"
+    assert alike["PPO with BCE collapses"] == alike["SPO ends above GRPO"] == "no"
+    assert alike["GRPO's groups come to have equal rewards"] == "no"
+    assert verdicts(GRPO=high)["SPPO ends as high as GRPO"] == "no"
+    assert verdicts(SPO=high)["SPO ends above GRPO"] == "yes"
+    assert verdicts(**{"SPPO, small critic": low})["A small critic is enough"] == "no"
+    assert verdicts(**{"PPO + BCE": low})["PPO with BCE collapses"] == "yes"
+    assert verdicts(all_right=0.3)["GRPO's groups come to have equal rewards"] == "partly"
+    assert verdicts(all_right=0.6)["GRPO's groups come to have equal rewards"] == "yes"
+    assert verdicts(auc=0.95)["PPO's values know the answer only at its end"] == "yes"
+
+
+def test_verdicts_on_control_tasks():
+    def rows(sppo, ppo, updates=10):
+        runs = [dict(task="Hopper", method=method, setting="", trajectories=8, success=[end] * updates)
+                for method, end in (("SPPO", sppo), ("PPO", ppo))]
+        return {claim: (here, verdict) for claim, _, here, verdict, _ in claims.of_control(runs)}
+    name = "Hopper: SPPO solves it, PPO fails"
+    assert rows(0.9, 0.1)[name] == ("SPPO 0.90, PPO 0.10 (seeds: 1)", "yes")
+    assert rows(0.9, 0.9)[name][1] == "partly"
+    assert rows(0.3, 0.1)[name][1] == "not run (to the end)" and rows(0.3, 0.1, 2500)[name][1] == "no"
+    assert rows(0.9, 0.1)["Pendulum: SPPO solves it"][1] == "not run"
+
+
+def test_a_part_of_the_runs_made_again_leaves_the_others():
+    old, new = [runner("SPPO", 0, [0.1]), runner("SPPO", 1, [0.1])], [runner("SPPO", 1, [0.2]), runner("SPO", 1, [0.3])]
+    assert race.merged(old, new) == [old[0], new[0], new[1]]
+
+
+def test_the_contrast_has_the_shortest_and_the_longest_chains(tmp_path):
+    file = Path(race.contrast(tmp_path / "runs/contrast.jsonl"))
+    rows = [json.loads(row)["problem"] for row in file.read_text().splitlines()]
+    assert {sum(sign in "+-*" for sign in row.split()[1]) for row in rows} == {1, 14} and len(rows) > 1000
 
 
 def test_a_race_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -108,10 +160,27 @@ def test_a_constant_in_the_critics_place(tmp_path):
         assert line["baseline/mean"] == pytest.approx(mean)
 
 
+def test_an_oracle_in_the_critics_place(tmp_path):
+    """What was predicted of the variance is what was measured, within the noise of 3 x 64 responses."""
+    done = run("examples/oracle.py", "--steps", "3", "--prompts-per-step", "64", "--minibatch", "32", "--engine", "transformers",
+               "--eval-every", "0", "--samples", "all", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics(tmp_path) if line["step"]]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        squares = [s["advantage"] ** 2 for s in samples if s["step"] == line["step"]]
+        assert line["advantage/variance"] == line["oracle/variance"] == pytest.approx(sum(squares) / 64, abs=1e-3)
+        assert all(round(32 * (s["reward"] - s["advantage"])) == pytest.approx(32 * (s["reward"] - s["advantage"]), abs=0.05)
+                   for s in samples)  # a share of 32 responses
+    noise, spread, error, constant, critic, oracle = (sum(line[f"oracle/{name}"] for line in lines) / 3 for name in (
+        "noise", "spread", "critic_error", "variance_constant", "variance_critic", "variance"))
+    assert oracle == pytest.approx(noise, abs=0.05) and constant == pytest.approx(noise + spread, abs=0.05)
+    assert critic == pytest.approx(noise + error, abs=0.06) and spread > 0.03
+
+
 @pytest.mark.parametrize("options, message", [
     (["--prompts-per-step", "12"], "--prompts-per-step 12: must be a multiple of 16"),
     (["--seeds", "0"], "--seeds 0: must be greater than 0"),
-    (["--algorithms", "SPPO", "SPO"], "with SPPO and GRPO among them"),
     (["--algorithms", "SPPO", "GRPO", "GRP"], "must be names that --help lists"),
     (["--redraw", "--results", "nowhere"], "nowhere/race.json: there are no results to draw")])
 def test_bad_input_is_one_clear_sentence(options, message, tmp_path, capsys):

@@ -1,11 +1,12 @@
 """Pictures of what SPPO and its relatives do, drawn from one real run of the built-in model.
 
-    python -m tools.lesson              trains for some minutes, and draws
+    python -m tools.lesson              trains three times, ten minutes in all, and draws
     python -m tools.lesson --redraw     draws again what docs/pictures/lesson.json holds
     python -m tools.lesson -- --steps 20 ...     what follows -- is given to the run
 
 The run is SPPO's. PPO's critic and SPO's tracker learn from the same responses, but change nothing. So in
 the end one batch can be shown with the advantages of all algorithms, each with a baseline that was trained.
+All pictures show the first seed. The others tell how well V knows the prompts (arXiv 2604.08865, figure 7).
 """
 import json
 import random
@@ -25,13 +26,17 @@ from spo import SPO, SPOConfig, normalize
 from sppo import SPPO, sequence_advantages, train
 from tools.race_results import pyplot, save
 
-GROUP = 8  # responses to a prompt where its chance of success is measured, as in GRPO
+GROUP = 8  # responses to a prompt where algorithms are compared, as in GRPO
+HELD_OUT = 200  # prompts on which V is compared with the chance of success, as in the paper
+PAPER = 0.642, 0.664  # its correlations of V and that chance: Pearson's r, Spearman's rho
 
 
 @dataclass
 class LessonConfig(CommandLine):
     output: str = option("docs/pictures", "folder for the pictures and lesson.json")
     redraw: bool = option(False, "draw what --output holds, and train nothing")
+    responses: int = option(64, "responses that measure a prompt's chance of success", positive=True)
+    seeds: int = option(3, "runs; all but the first only measure how well V knows the prompts", positive=True)
 
 
 @dataclass
@@ -46,8 +51,9 @@ class Together(SPPO):
     """SPPO trains the policy. PPO's critic and SPO's tracker look on, and learn from the same batches.
     `measured` becomes a part of lesson.json."""
 
-    def __init__(self, run):
+    def __init__(self, run, responses):
         super().__init__(run)
+        self.responses = responses
         self.ppo, self.spo, self.step, self.measured = PPO(run), SPO(run), 0, {"critic": []}
         end_step = run.clock.end_step
 
@@ -75,9 +81,13 @@ class Together(SPPO):
         self.step += 1
         steps, run = self.run.config.steps, self.run
         if self.step in (1, (steps + 1) // 2, steps):
-            share = run.sampler.sample(run.held_out, GROUP).rewards.view(-1, GROUP).mean(1)
-            self.measured["critic"].append({"step": self.step, "share": share.tolist(),
-                                            "value": rounded(self.logits_of(run.held_out).sigmoid())})
+            share = run.sampler.sample(run.held_out, self.responses).rewards.view(
+                len(run.held_out), -1).mean(1).numpy()
+            value = self.logits_of(run.held_out).sigmoid().numpy()
+            self.measured["critic"].append({
+                "step": self.step, "r": correlation(value, share),
+                "rho": correlation(ranks(value), ranks(share)),
+                "share": rounded(share), "value": rounded(value)})
         if self.step == (steps + 1) // 2:
             self.measured["groups"] = {"step": self.step, **self.praise()}
 
@@ -118,20 +128,40 @@ def rounded(values):
     return np.round(np.asarray(values, dtype=float), 4).tolist()
 
 
-def lesson(extra):
-    """Trains, and returns what lesson.json holds."""
+def correlation(x, y):
+    """Pearson's r, or None where one of the two does not vary."""
+    return round(float(np.corrcoef(x, y)[0, 1]), 3) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
+def ranks(values):
+    """1 for the smallest; equal values share the mean of their ranks. The r of ranks is Spearman's rho."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+def lesson(c, extra):
+    """Trains once for each seed, and returns what lesson.json holds."""
+    # The first is made last, so that its run stays in the folder.
+    runs = {seed: one_run(seed, c.responses, extra) for seed in reversed(range(c.seeds))}
+    knows = [[{key: at[key] for key in ("step", "r", "rho")} for at in runs[seed]["critic"]]
+             for seed in range(c.seeds)]
+    return {**runs[0], "knows": knows, "extra": extra, "measured_with": c.responses}
+
+
+def one_run(seed, responses, extra):
+    """Trains, and returns what was measured: `Together.measured`, and the seconds of a step by phase."""
     own = "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"]  # whose prompts come back
-    config = RunConfig.parse("", [*own, "--eval-problems", "64", *extra])
+    config = RunConfig.parse("", [*own, "--eval-problems", str(HELD_OUT), "--seed", str(seed), *extra])
     config.eval_every, baselines = config.steps, []
     shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
-    train(config, lambda run: baselines.append(Together(run)) or baselines[0])
+    train(config, lambda run: baselines.append(Together(run, responses)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
     lines = [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()][1:]
     for line in lines:  # the critic's time, without those who look on: for V, and to learn
         line["time/learn"] = line["time/critic"] - line["time/others"] - line["time/V"]
     seconds = {phase: statistics.median(line[f"time/{phase}"] for line in lines) for phase in DRAWN}
-    return {**baselines[0].measured, "extra": extra, "seconds": seconds, "responses": config.prompts_per_step}
+    return {**baselines[0].measured, "seconds": seconds, "responses": config.prompts_per_step}
 
 
 # ---- the pictures: they read in black and white, and on a phone --------------------------------------------
@@ -151,8 +181,8 @@ def draw(data, folder):
                          "xtick.labelsize": 8, "ytick.labelsize": 8,
                          # One font each, since an SVG repeats the list for each text.
                          "font.sans-serif": ["DejaVu Sans"], "font.monospace": ["DejaVu Sans Mono"]})
-    save(plt, {"praise": draw_praise(plt, data["groups"]), "critic": draw_critic(plt, data["critic"]),
-               "clock": draw_clock(plt, data)}, folder)
+    save(plt, {"praise": draw_praise(plt, data["groups"]), "clock": draw_clock(plt, data),
+               "critic": draw_critic(plt, data["critic"], data["measured_with"])}, folder)
 
 
 def draw_praise(plt, groups):
@@ -210,8 +240,8 @@ def draw_praise(plt, groups):
     return figure
 
 
-def draw_critic(plt, measured):
-    """V(prompt) against the share of right responses; below it, how many prompts have which V."""
+def draw_critic(plt, measured, responses):
+    """V(prompt) against the share of right responses; below it, how many prompts have which of the two."""
     figure, rows = plt.subplots(2, len(measured), figsize=(WIDTH, 3), sharex=True, sharey="row",
                                 squeeze=False, height_ratios=(3, 1))
     edges = np.linspace(0, 1, 11)
@@ -219,18 +249,22 @@ def draw_critic(plt, measured):
         value, share = np.array(at["value"]), np.array(at["share"])
         above.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
         spread = np.random.default_rng(0).uniform(-0.025, 0.025, len(share))  # or equal points would be one
-        above.plot(value, share + spread, "o", color=INK, markersize=2.5, alpha=0.5, markeredgewidth=0,
+        above.plot(value, share + spread, "o", color=INK, markersize=2.5, alpha=0.4, markeredgewidth=0,
                    label="a prompt")
         places = np.digitize(value, edges[1:-1])
         alike = [places == k for k in range(10) if (places == k).any()]
         above.plot([value[those].mean() for those in alike], [share[those].mean() for those in alike], "s-",
                    color=PRAISE, markeredgecolor=INK, markersize=5, label="mean of prompts with similar V")
-        above.set(xlim=(-0.05, 1.05), ylim=(-0.08, 1.08), aspect="equal", title=f"after step {at['step']}")
-        below.hist(value, edges, color="#888888", edgecolor="white")
-        below.set(xlabel="V(prompt)", xticks=(0, 0.5, 1))
-    rows[0][0].set_ylabel("share of 8 responses\nthat are right")
+        knows = "" if at["r"] is None else f"\nr {at['r']:.2f}, \N{GREEK SMALL LETTER RHO} {at['rho']:.2f}"
+        above.set(xlim=(-0.05, 1.05), ylim=(-0.08, 1.08), aspect="equal",
+                  title=f"after step {at['step']}{knows}")
+        below.hist(value, edges, color="#bbbbbb", label="V(prompt)")
+        below.hist(share, edges, histtype="step", color=BLAME, label="share right")
+        below.set(xlabel="V(prompt), or share", xticks=(0, 0.5, 1))
+    rows[0][0].set_ylabel(f"share of {responses} responses\nthat are right")
     rows[1][0].set_ylabel("prompts")
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    labels = [axes.get_legend_handles_labels() for axes in (rows[0][0], rows[1][0])]
+    figure.legend(*map(sum, zip(*labels, strict=True), ([], [])), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -269,7 +303,7 @@ def main(arguments=None):
         folder, file = Path(c.output), Path(c.output) / "lesson.json"
         if c.redraw and not file.exists():
             raise InputError(f"{file}: there is nothing to draw; run the lesson first (without --redraw)")
-        data = json.loads(file.read_text()) if c.redraw else lesson(arguments[cut + 1 :])
+        data = json.loads(file.read_text()) if c.redraw else lesson(c, arguments[cut + 1 :])
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(data, ensure_ascii=False) + "\n")
         draw(data, folder)

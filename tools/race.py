@@ -3,8 +3,9 @@
     python -m tools.race                    all algorithms at the papers' batch, at one learning rate for all
                                             and, once the grid has run, each at its own best rate
     python -m tools.race --part grid        the learning rates, on a seed that the race does not use
-    python -m tools.race --part batches     SPPO and GRPO at 16 to 512 prompts per step
-    python -m tools.race --part constant    the same for a constant in the critic's place
+    python -m tools.race --part batches     what a baseline buys by the prompts per step: a constant, SPO's
+                                            tracker, SPPO's critic, an oracle; and GRPO beside them
+    python -m tools.race --part contrast    SPPO and a constant on chains of 1 and of 14 operations only
     python -m tools.race --part quick       one seed of SPPO and GRPO at the papers' batch
     python -m tools.race --redraw           figures and tables from the committed results, without training
     python -m tools.race --model M --dataset D -- --max-response-tokens 8192 ...
@@ -22,6 +23,7 @@ for Adam, and the number of steps shrinks by the same factor.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,16 +36,19 @@ import torch
 
 from checkpoint import lock
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from tools.race_results import CONSTANT, EQUAL, GROUP, best_rates, draw, report, table
+from tools.race_results import BASELINES, CONSTANT, EQUAL, GROUP, ORACLE, best_rates, draw, report, table
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = {  # name: the script and the options that make it this algorithm
     "SPPO": ["sppo.py"], "SPPO, small critic": ["sppo.py"], CONSTANT: ["examples/running_mean.py"],
+    ORACLE: ["examples/oracle.py"],
     "SPO": ["spo.py"], "PPO": ["ppo.py"], "PPO + BCE": ["ppo.py", "--value-loss", "bce"],
     "GRPO": ["grpo.py"], EQUAL: ["grpo.py"], "RLOO": ["grpo.py", "--baseline", "rloo"],
     "ReMax": ["grpo.py", "--baseline", "remax"]}
 SAMPLES = {"GRPO": GROUP, EQUAL: GROUP, "RLOO": GROUP, "ReMax": 2}  # a prompt; the others take one
-KEPT = ("group/all_right", "group/all_wrong", "critic/auc", "critic/skill",
+KEPT = ("group/all_right", "group/all_wrong", "critic/auc", "critic/skill", "advantage/variance",
+        *(f"oracle/{name}" for name in ("noise", "spread", "critic_error", "variance", "variance_critic",
+                                        "variance_constant")),
         *(f"critic/auc_tenth_{k}" for k in range(1, 11)))  # the metrics that race.json keeps
 PHASES = ("rollout", "reward", "logprobs", "critic", "update", "sync")
 EVALUATIONS = 20  # in a run
@@ -51,57 +56,72 @@ EVALUATIONS = 20  # in a run
 
 @dataclass
 class RaceConfig(CommandLine):
-    part: Literal["race", "grid", "batches", "constant", "quick"] = option("race", "which runs to make")
+    part: Literal["race", "grid", "batches", "contrast", "quick"] = option("race", "which runs to make")
     model: str = option(BUILTIN_MODEL, "policy to train: a Hugging Face name or folder [the built-in model]")
     small_critic: str | None = option(None, "where the small critic starts from; without it, there is none")
     dataset: str = option("chain:1280", "as sppo.py's")
     output: str = option("runs/race", "folder of the runs")
     results: str | None = option(None, "folder for race.json, figures and tables [--output]")
-    algorithms: tuple[str, ...] = option((), f"of {', '.join(ALGORITHMS)}; SPPO and GRPO must be there [all]")
+    algorithms: tuple[str, ...] = option((), f"of {', '.join(ALGORITHMS)} [all of the part]")
     seeds: int = option(3, "runs of each algorithm", positive=True)
     lr: str = option("1e-6", "the one learning rate for all; the grid also has half of it and twice it")
     steps: int = option(400, "training steps", positive=True)
     group_steps: int = option(100, "training steps of GRPO and RLOO, each with eight times the samples",
                               positive=True)
     prompts_per_step: int = option(256, "prompts of a step, for all; a mini-batch is half", positive=True)
-    batches: tuple[int, ...] = option((64, 256), "prompts of a step in --part batches")
+    batches: tuple[int, ...] = option((64, 256), "prompts of a step in --part batches and contrast")
     ranks: int = option(1, "processes of each run (torchrun)", positive=True)
     jobs: int = option(1, "runs at once; with more than idle cores, times mean nothing", positive=True)
     redraw: bool = option(False, "draw what --results holds, and train nothing")
 
     BUILTIN: ClassVar[dict] = dict(small_critic=f"{BUILTIN_MODEL}/small", results="results", lr="3e-4",
-                                   steps=40, group_steps=16, batches=(16, 64, 256, 512))
+                                   steps=40, group_steps=16, batches=(16, 64, 512))
 
     def check(self):
         super().check()
         if self.prompts_per_step % (2 * GROUP):
             raise InputError(f"--prompts-per-step {self.prompts_per_step}: must be a multiple of "
                              f"{2 * GROUP}, so that half of it can be samples of groups of {GROUP}")
-        if self.algorithms and not {"SPPO", "GRPO"} <= {*self.algorithms} <= ALGORITHMS.keys():
-            raise InputError(f"--algorithms {' '.join(self.algorithms)}: must be names that --help lists, "
-                             "with SPPO and GRPO among them")
+        if not {*self.algorithms} <= ALGORITHMS.keys():
+            raise InputError(f"--algorithms {' '.join(self.algorithms)}: must be names that --help lists")
         if any(size < 2 or size % 2 for size in self.batches):
             raise InputError(f"--batches {self.batches}: a mini-batch is half of each; give even numbers")
 
 
 def runs_of(c, results):
     """The runs of a part: (algorithm, learning rate, seed, prompts per step) of each, in their order."""
-    names = [name for name in c.algorithms or ALGORITHMS if c.small_critic or name != "SPPO, small critic"]
+    of_part = {"batches": ("GRPO", EQUAL, *BASELINES), "contrast": (CONSTANT, "SPPO")}
+    names = [name for name in c.algorithms or of_part.get(c.part) or [n for n in ALGORITHMS if n != ORACLE]
+             if c.small_critic or name != "SPPO, small critic"]
     if c.part == "quick":
         return [(name, c.lr, 0, c.prompts_per_step) for name in ("GRPO", "SPPO")]
     if c.part == "grid":
         return [(name, lr, c.seeds, c.prompts_per_step)
                 for lr in (f"{float(c.lr) / 2:g}", c.lr, f"{float(c.lr) * 2:g}") for name in names]
-    if c.part in ("batches", "constant"):  # the slowest first, so that no core idles at the end
+    if c.part in of_part:  # the slowest first, so that no core idles at the end
         rates = {size: f"{float(c.lr) * math.sqrt(size / c.prompts_per_step):.3g}" for size in c.batches}
-        rates[c.prompts_per_step] = c.lr  # as in the race, whose runs need not be repeated
+        rates[c.prompts_per_step] = c.lr  # as in the race, whose runs are shown with these
         return [(name, rates[size], seed, size) for size in sorted(c.batches, reverse=True)
-                for seed in range(c.seeds)
-                for name in (("GRPO", "SPPO") if c.part == "batches" else (CONSTANT,))]
+                for seed in range(c.seeds) for name in names]
     best = best_rates(results["grid"]["runs"]) if "grid" in results else {}
     rates = {name: dict.fromkeys((c.lr, best.get(name, c.lr))) for name in names}  # once if they are the same
     return [(name, lr, seed, c.prompts_per_step)
             for seed in range(c.seeds) for name in names for lr in rates[name]]
+
+
+def contrast(file):
+    """Writes the problems of the built-in task that have 1 or 14 operations, and returns the file's name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = Path(BUILTIN_MODEL, "chain.jsonl").read_text().splitlines()
+    operations = [len(re.findall(r"[-+*]", json.loads(row)["problem"])) for row in rows]
+    file.write_text("".join(f"{row}\n" for row, n in zip(rows, operations, strict=True) if n in (1, 14)))
+    return str(file)
+
+
+def merged(old, new):
+    """The runs of both, and of the same run the new one."""
+    keys = "algorithm", "lr", "seed", "prompts"
+    return list({tuple(run[key] for key in keys): run for run in [*old, *new]}.values())
 
 
 def one_run(c, extra, name, lr, seed, prompts):
@@ -185,6 +205,8 @@ def main(arguments=None):
             raise InputError(f"{file}: there are no results to draw; run the race first (without --redraw)")
         results = json.loads(file.read_text()) if file.exists() else {}
         if not c.redraw:
+            if c.part == "contrast":
+                c = replace(c, dataset=contrast(Path(c.output, "contrast.jsonl")))
             with ThreadPool(c.jobs) as pool:
                 runs = list(pool.imap(lambda run: one_run(c, extra, *run), runs_of(c, results)))
             if c.part == "quick":
@@ -192,6 +214,9 @@ def main(arguments=None):
                 return
             settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()
                         if k not in ("output", "results", "redraw")}
+            old = results.get(c.part, {})
+            if old.get("extra") == extra:  # runs that this command did not ask for stay
+                runs = merged(old["runs"], runs)
             results[c.part] = {"settings": settings, "extra": extra, "machine": machine(), "runs": runs}
         folder.mkdir(parents=True, exist_ok=True)
         # A line for each run.

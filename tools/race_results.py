@@ -1,4 +1,4 @@
-"""What the runs of a race say: the cost to a target, and the tables, claims and figures of tools/race.py.
+"""What the runs of a race say: the cost to a target, and the tables and figures of tools/race.py.
 
 A run is a dictionary: algorithm, learning rate, seed and prompts per step; accuracy, seconds and responses at
 each evaluation; seconds by phase; and the metrics of each step.
@@ -9,10 +9,13 @@ import statistics
 GROUP = 8  # samples per prompt of GRPO and RLOO
 EQUAL = "GRPO at equal responses"  # as many responses per step as SPPO, so an eighth of the prompts
 CONSTANT = "a constant"  # a running mean of the rewards in the critic's place
+ORACLE = "an oracle"  # each prompt's chance of success, measured with 32 more responses that are not counted
+BASELINES = CONSTANT, "SPO", "SPPO", ORACLE  # for one response per prompt, from the worst to the best
 STYLES = {  # name: line, colour; tables have this order
     "SPPO": ("-", "#000000"), "SPPO, small critic": ("--", "#000000"), CONSTANT: ("-.", "#00796b"),
-    "SPO": ("-.", "#6a51a3"), "PPO": ("-", "#2171b5"), "PPO + BCE": ("--", "#2171b5"),
-    "GRPO": ("-", "#d94801"), EQUAL: ("--", "#d94801"), "RLOO": (":", "#8c2d04"), "ReMax": (":", "#41ab5d")}
+    ORACLE: (":", "#00796b"), "SPO": ("-.", "#6a51a3"), "PPO": ("-", "#2171b5"),
+    "PPO + BCE": ("--", "#2171b5"), "GRPO": ("-", "#d94801"), EQUAL: ("--", "#d94801"),
+    "RLOO": (":", "#8c2d04"), "ReMax": (":", "#41ab5d")}
 FIRST = "SPPO", CONSTANT, "GRPO", EQUAL  # README's figure
 NAMED = "SPPO", "SPO", "PPO", "GRPO", EQUAL  # in the figure of all algorithms, where the others are grey
 TARGET = 0.7  # accuracy
@@ -86,6 +89,14 @@ def protocols(results):
     return found
 
 
+def by_batch(results):
+    """The runs of --part batches, and those of the race at its one rate."""
+    race = results.get("race", {"runs": []})
+    return results.get("batches", {"runs": []})["runs"] + [
+        run for run in race["runs"]
+        if run["algorithm"] in ("GRPO", EQUAL, *BASELINES) and run["lr"] == race["settings"]["lr"]]
+
+
 def student_interval(values):
     """(mean, half of its 95 % interval) over seeds, by Student's t distribution."""
     if len(values) < 2:
@@ -93,6 +104,13 @@ def student_interval(values):
     quantiles = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
     quantile = quantiles.get(len(values), 1.96 + 2.8 / (len(values) - 1))  # beyond 7, correct to 1 %
     return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def difference(runs, name, other):
+    """(mean, half of its 95 % interval) of how much higher `name` ends than `other`, seed by seed: on a seed,
+    all meet the same held-out problems."""
+    pairs = zip(of(runs, name), of(runs, other), strict=True)
+    return student_interval([at_end(a) - at_end(b) for a, b in pairs])
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -148,21 +166,60 @@ def table(runs):
     return markdown(columns, rows)
 
 
-def batch_table(batches, constant):
-    """Markdown, by prompts per step: GRPO's responses to TARGET over SPPO's; then responses to TARGET, seed
-    by seed, and accuracy at the end."""
-    columns = ["prompts per step", f"GRPO / SPPO, responses to {TARGET}"]
-    for name in "SPPO", CONSTANT:
-        columns += [f"{name}: responses to {TARGET}", "accuracy, end"]
+def cost_text(runs, target):
+    """Responses to a target: median [lowest, highest] of the seeds."""
+    costs = [cost_to(run, target, "responses") for run in runs]
+
+    def text(cost):
+        return "never" if cost == math.inf else f"{cost:,.0f}"
+    return f"{text(statistics.median(costs))} [{text(min(costs))}, {text(max(costs))}]"
+
+
+def batch_table(runs):
+    """Markdown, for each number of prompts per step and each algorithm: responses to TARGET, accuracy at the
+    end, and the variance of its advantages over all steps."""
     rows = []
-    for size in sorted({run["prompts"] for run in batches}):
-        some = [run for run in batches if run["prompts"] == size]
-        rows.append([f"{size}", ratio_text(speed(some, "responses", TARGET)["GRPO"])])
-        for seeds in of(some, "SPPO"), [run for run in constant if run["prompts"] == size]:
-            costs = [cost_to(run, TARGET, "responses") for run in seeds]
-            rows[-1] += ["; ".join("never" if cost == math.inf else f"{cost:,}" for cost in costs),
-                         accuracy_text(seeds) if seeds else ""]
-    return markdown(columns, rows)
+    for size in sorted({run["prompts"] for run in runs}):
+        some = [run for run in runs if run["prompts"] == size]
+        for name in names_in(some):
+            seeds = of(some, name)
+            squares = [value for run in seeds for value in run["metrics"].get("advantage/variance", [])]
+            rows.append((f"{size}", name, f"{len(seeds)}", cost_text(seeds, TARGET), accuracy_text(seeds),
+                         f"{statistics.mean(squares):.3f}" if squares else ""))
+    return markdown(("prompts per step", "algorithm", "seeds", f"responses to {TARGET}", "accuracy, end",
+                     "variance of A"), rows)
+
+
+def ratios_by_batch(runs):
+    """How many times SPPO's responses GRPO needs to TARGET, at each number of prompts per step."""
+    both = [run for run in runs if run["algorithm"] in ("SPPO", "GRPO")]
+    sizes = sorted({run["prompts"] for run in of(both, "GRPO")})
+    texts = [ratio_text(speed([run for run in both if run["prompts"] == size], "responses", TARGET)["GRPO"])
+             for size in sizes]
+    return ", ".join(f"{text} at {size}" for text, size in zip(texts, sizes, strict=True))
+
+
+def variances(runs, size):
+    """{baseline: (predicted, measured) variance of its advantages} on the batches of the oracle's runs, over
+    all steps; the first part of each prediction is the same noise, which comes with it."""
+    def mean(name):
+        return mean_of(v for run in of(runs, ORACLE) if run["prompts"] == size
+                       for v in run["metrics"][f"oracle/{name}"])
+    noise = mean("noise")
+    return noise, {CONSTANT: (noise + mean("spread"), mean("variance_constant")),
+                   "SPPO": (noise + mean("critic_error"), mean("variance_critic")),
+                   ORACLE: (noise, mean("variance"))}
+
+
+def variance_table(runs):
+    """Markdown: what theory predicts of the variance of R - b, and what was measured."""
+    rows = []
+    for size in sorted({run["prompts"] for run in of(runs, ORACLE)}):
+        noise, found = variances(runs, size)
+        rows.append((f"{size}", f"{noise:.3f}", *(f"{predicted:.3f}, {measured:.3f}"
+                                                  for predicted, measured in found.values())))
+    return markdown(("prompts per step", "E[p(1 − p)]", f"{CONSTANT}: predicted, measured",
+                     "V(prompt)", ORACLE), rows)
 
 
 def report(results):
@@ -177,15 +234,19 @@ def report(results):
             command = "python -m tools.race" + (f" --part {part}" if part != "race" else "")
             seeds = len({run["seed"] for run in results[part]["runs"]})
             parts.append(f"`{command}` on {results[part]['machine']}; seeds: {seeds}.\n")
-    if {"race", "batches"} <= results.keys():
-        parts.append("\n## What it says of the papers' claims\n")
-        parts.append(markdown(("claim", "here"), [*claims(results).items()]))
     for title, runs in protocols(results).items():
         heading(title, "race")
         parts.append(table(runs))
     if "batches" in results:
-        heading("By the batch", "batches", *(part for part in ("constant",) if part in results))
-        parts.append(batch_table(results["batches"]["runs"], results.get("constant", {"runs": []})["runs"]))
+        runs = by_batch(results)
+        heading("By the batch", "batches")
+        parts += [batch_table(runs), f"\nResponses to {TARGET}, GRPO / SPPO: {ratios_by_batch(runs)} "
+                  "prompts per step."]
+        if of(runs, ORACLE):
+            parts += ["\nThe variance of A on the oracle's batches:\n", variance_table(runs)]
+    if "contrast" in results:
+        heading("Chains of 1 and of 14 operations only", "contrast")
+        parts.append(batch_table(results["contrast"]["runs"]))
     if "grid" in results:
         heading("The grid: smoothed accuracy at the end", "grid")
         grid = results["grid"]["runs"]
@@ -194,53 +255,6 @@ def report(results):
         parts.append(markdown(["algorithm", *lrs], [
             [name, *(ends[name, lr] for lr in lrs)] for name in names_in(grid)]))
     return "\n".join(parts) + "\n"
-
-
-def claims(results):
-    """{what the papers claim: what the race says of it}, as README has it. Needs the race and the batches."""
-    runs = next(iter(protocols(results).values()))
-
-    def beside(*names, other="SPPO"):
-        """How much higher these end than another, seed by seed: all meet the same held-out problems."""
-        def text(name):
-            pairs = zip(of(runs, name), of(runs, other), strict=True)
-            mean, half = student_interval([at_end(a) - at_end(b) for a, b in pairs])
-            return f"{name} {mean:+.3f} ± {half:.3f}"
-        return f"Accuracy at the end, minus {other}'s: " + ", ".join(map(text, names))
-
-    def share(key, place):
-        return f"{mean_of(run['metrics'][key][place] for run in of(runs, 'GRPO')):.0%}"
-
-    def tenth(k):
-        return mean_of(v for run in of(runs, "PPO") for v in run["metrics"][f"critic/auc_tenth_{k}"])
-
-    def ratios(clock, some=runs, target=None):
-        return ratio_text(speed(some, clock, target)["GRPO"])
-
-    def at_best(chosen):
-        rates = ", ".join(f"{name} {of(chosen, name)[0]['lr']}" for name in ("SPPO", "GRPO"))
-        return (f"Each at its best rate ({rates}), GRPO needs {ratios('responses', chosen)} times SPPO's "
-                f"responses and {ratios('seconds', chosen)} times its seconds")
-    batches = {}
-    for run in sorted(results["batches"]["runs"], key=lambda run: run["prompts"]):
-        batches.setdefault(run["prompts"], []).append(run)
-    return {
-        "SPPO is faster than GRPO": f"To {NEAR:.0%} of GRPO's best, GRPO needs {ratios('responses')} times "
-                                    f"SPPO's responses and {ratios('seconds')} times its seconds, at "
-                                    f"{runs[0]['prompts']} prompts per step",
-        **{title.lower(): at_best(chosen) for title, chosen in list(protocols(results).items())[1:]},
-        "the batch decides": f"Responses to accuracy {TARGET}, GRPO / SPPO: " + ", ".join(
-            f"{ratios('responses', some, TARGET)} at {size}" for size, some in batches.items())
-            + " prompts per step",
-        "SPPO ends as high as GRPO and PPO": beside("GRPO", "RLOO", "PPO"),
-        "a small critic is enough": beside("SPPO, small critic"),
-        "PPO sees the answer coming": f"AUC of PPO's values {tenth(1):.2f} in the first tenth of a "
-                                      f"response, {tenth(10):.2f} in the last",
-        "PPO with BCE collapses": beside("PPO + BCE", other="PPO"),
-        "GRPO's groups degenerate": f"All right: from {share('group/all_right', 0)} of the groups to "
-                                    f"{share('group/all_right', -1)}; all wrong: from "
-                                    f"{share('group/all_wrong', 0)} to {share('group/all_wrong', -1)}",
-        "a tracker can replace the critic": beside("SPO", other="GRPO")}
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -270,23 +284,20 @@ def draw(results, folder):
     """Writes the figures for which there are results."""
     plt, figures = pyplot(), {}
     runs = next(iter(protocols(results).values()), [])
-    size = max((run["prompts"] for run in runs), default=0)
     if runs:
         figures["race"], axes = plt.subplots(figsize=(7, 3.8))
-        draw_accuracy(axes, runs, names_in(runs))
+        draw_accuracy(axes, runs, names_in(runs), NAMED)
     if of(runs, "GRPO") and of(runs, "GRPO")[0]["metrics"].get("group/all_right"):
         figures["groups"], axes = plt.subplots(figsize=(5, 2.6))
         draw_groups(axes, of(runs, "GRPO"))
-    constant = results["constant"]["runs"] if "constant" in results else []
-    first = runs if of(runs, CONSTANT) else runs + [run for run in constant if run["prompts"] == size]
-    if {*FIRST} <= {*names_in(first)}:
+    if {*FIRST} <= {*names_in(runs)}:
         figures["first"], axes = plt.subplots(figsize=(7, 3.4))
-        draw_accuracy(axes, first, FIRST, TARGET)
-    if runs and "batches" in results:
-        figures["batches"], (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-        draw_accuracy(left, runs, ("SPPO", "GRPO"), TARGET)
-        left.set_title(f"{size} prompts per step", loc="left", fontsize=9)
-        draw_ratios(right, results["batches"]["runs"])
+        draw_accuracy(axes, runs, FIRST, FIRST, TARGET)
+    batches = by_batch(results)
+    if {*BASELINES} <= {*names_in(batches)}:
+        figures["batches"], (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
+        draw_costs(left, batches)
+        draw_variances(right, batches)
     save(plt, figures, folder)
 
 
@@ -300,8 +311,8 @@ def band(axes, x, rows, colour, line="-", shade=0.12):
     return x[-1], mean[-1], high[-1]
 
 
-def draw_accuracy(axes, runs, names, target=None):
-    """Smoothed accuracy over responses. The lines of NAMED and FIRST are named at their ends, others grey."""
+def draw_accuracy(axes, runs, names, named, target=None):
+    """Smoothed accuracy over responses. The lines of `named` are named at their ends, others are grey."""
     # All begin with the same model, so they share its evaluations on the same seed's problems.
     start = {seed: statistics.mean(run["accuracy"][0] for run in runs if run["seed"] == seed)
              for seed in {run["seed"] for run in runs}}
@@ -309,7 +320,7 @@ def draw_accuracy(axes, runs, names, target=None):
     for name in names:
         seeds, (line, colour) = of(runs, name), STYLES[name]
         rows = [smooth([start[run["seed"]], *run["accuracy"][1:]]) for run in seeds]
-        if name in NAMED + FIRST:
+        if name in named:
             x, *end = band(axes, seeds[0]["responses"], rows, colour, line)
             ends.setdefault(x, []).append((*end, name, colour))
         else:
@@ -332,22 +343,49 @@ def over_responses(axes):
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
 
 
-def draw_ratios(axes, batches):
-    """GRPO's responses to the target, SPPO's = 1, against the batch."""
-    sizes = sorted({run["prompts"] for run in batches})
-    alike = [[run for run in batches if run["prompts"] == size] for size in sizes]
-    seeds = [[r for r in speed(runs, "responses", TARGET)["GRPO"] if 0 < r < math.inf] for runs in alike]
-    middle = [statistics.median(ratios) for ratios in seeds]
-    errors = [[m - min(ratios) for m, ratios in zip(middle, seeds, strict=True)],
-              [max(ratios) - m for m, ratios in zip(middle, seeds, strict=True)]]
-    axes.errorbar(sizes, middle, errors, fmt="o-", color="black", capsize=3, markersize=4)
-    for height, text in ((GROUP**0.5, "√8"), (GROUP, "8"), (1, "SPPO")):
-        axes.axhline(height, color="#d94801", linewidth=0.8, linestyle=":")
-        axes.text(1.01, height, text, color="#d94801", va="center", transform=axes.get_yaxis_transform())
-    axes.set(xscale="log", xlabel="prompts per step", ylim=(0, GROUP + 0.5))
-    axes.set_title(f"GRPO's responses to {TARGET}, SPPO's = 1", loc="left", fontsize=9)
-    axes.set_xticks(sizes, map(str, sizes))
+def draw_costs(axes, runs):
+    """Responses to TARGET by baseline, a line for each batch and a dot for each seed. Seeds that never get
+    there stand above the dotted line."""
+    names, colours = (*BASELINES, EQUAL), ("#9ecae1", "#4292c6", "#08306b")
+    sizes = sorted({run["prompts"] for run in of(runs, CONSTANT)})
+    never = 1.35 * max(run["responses"][-1] for run in runs if run["algorithm"] in names)
+    for place, (size, colour) in enumerate(zip(sizes, colours, strict=False)):
+        points = [[cost_to(run, TARGET, "responses") for run in of(runs, name) if run["prompts"] == size]
+                  for name in names]
+        middle = [min(statistics.median(costs), never) if costs else math.nan for costs in points]
+        axes.plot(range(len(BASELINES)), middle[:-1], "-", color=colour, label=f"{size} prompts per step")
+        for x, costs in enumerate(points):
+            axes.plot([x + 0.12 * (place - 1)] * len(costs), [min(cost, never) for cost in costs], "o",
+                      color=colour, markersize=3.5, markeredgewidth=0)
+            axes.plot(x + 0.12 * (place - 1), middle[x], "_", color=colour, markersize=9)
+    axes.axhline(never / 1.15, color="black", linewidth=0.8, linestyle=":")
+    axes.text(len(names) - 0.5, never, "never ", va="center", ha="right", fontsize=8)
+    axes.set(yscale="log", ylim=(None, 1.15 * never))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k")
+    axes.set_yticks([500, 1000, 2000, 4000, 8000])
     axes.minorticks_off()
+    axes.set_xticks(range(len(names)), [name.replace(" at ", "\nat ").replace("equal ", "equal\n")
+                                        for name in names])
+    axes.set_title(f"responses to accuracy {TARGET}, by what is subtracted", loc="left", fontsize=9)
+    axes.legend(fontsize=8)
+
+
+def draw_variances(axes, runs):
+    """What adds to the variance of A: noise, which no baseline removes, and the baseline's error."""
+    sizes = sorted({run["prompts"] for run in of(runs, ORACLE)})
+    for group, size in enumerate(sizes):
+        noise, found = variances(runs, size)
+        for place, (name, (predicted, measured)) in enumerate(found.items()):
+            x = group + 0.27 * (place - 1)
+            axes.bar(x, noise, 0.24, color="#cccccc")
+            axes.bar(x, predicted - noise, 0.24, noise, color=STYLES[name][1], alpha=0.75,
+                     label=f"{name}: its error" if group == 0 and name != ORACLE else None)
+            axes.plot(x, measured, "_k", markersize=9, label="measured" if group + place == 0 else None)
+    axes.set_xticks(range(len(sizes)), map(str, sizes))
+    axes.set(xlabel="prompts per step")
+    axes.set_title("variance of A; grey: E[p(1 − p)], noise", loc="left", fontsize=9)
+    axes.legend(fontsize=7.5, loc="lower right")
+    axes.grid(axis="x", visible=False)
 
 
 def draw_groups(axes, runs):

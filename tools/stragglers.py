@@ -1,6 +1,6 @@
 """How much faster is training without groups? SPO's 4.35 (arXiv 2509.13232) is one draw; here are many.
 
-    python -m tools.stragglers        results/stragglers.png, in seconds
+    python -m tools.stragglers        results/stragglers.png and stragglers.json, in seconds
 
 48 trajectories are in flight, and a step needs 24. GRPO's come in 6 groups of 8, and a group is done when its
 slowest is. So GRPO waits for the third fastest group (486 s in the paper's draw), and SPO for the first 24 of
@@ -10,6 +10,7 @@ uniform in 60 to 135 s, and stragglers, uniform in 400 to 560 s, each with proba
 What the ratio does not count: the 24 that are not there yet are dropped, and these are the long ones. So the
 policy hardly learns from long answers. sppo.py's --oversample lets them finish, and trains on each.
 """
+import json
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +93,16 @@ def draw(plt):
 
 
 def main():
-    random = np.random.default_rng(1)
+    folder = Path(__file__).resolve().parent.parent / "results"
+    random, ratios = np.random.default_rng(1), {}  # {p: the 10th, 50th and 90th percentile}
     for p in (0.05, 0.1, 0.15, 0.3, 0.5):
-        low, median, high = np.percentile(ratio(two_kinds(p, (20_000, 6, 8), random), 24), (10, 50, 90))
+        draws = ratio(two_kinds(p, (20_000, 6, 8), random), 24)
+        ratios[p] = np.percentile(draws, (10, 50, 90)).round(2).tolist()
+        low, median, high = ratios[p]
         print(f"p = {p:4}: groups take {median:.1f} times as long [{low:.1f}, {high:.1f}]")
+    (folder / "stragglers.json").write_text(json.dumps(ratios) + "\n")
     plt = pyplot()
-    save(plt, {"stragglers": draw(plt)}, Path(__file__).resolve().parent.parent / "results")
+    save(plt, {"stragglers": draw(plt)}, folder)
 
 
 if __name__ == "__main__":
