@@ -15,9 +15,9 @@ What this protects from: code that never ends (limits on processor time and on t
 machine (limits on memory, on the size of files, on open files and on processes), that leaves files about (it
 runs in an empty folder, which is removed), and that ends before the tests do (they end by printing a secret).
 
-What it does not protect from: the code runs as you. It can read and delete your files and use the network,
-and code that looks for the secret finds it, and is paid for nothing. The limit on processes does not hold for
-root. So train in a container without network, and look at what is paid.
+What it does not protect from: the code runs as you. It can read and delete your files and use the network.
+Code that looks for the secret finds it, and can print it without passing the tests. The limit on processes
+does not hold for root. So train in a container without network, and look at responses that earn 1.
 """
 import re
 import resource
@@ -39,13 +39,14 @@ def limit():
 
 def reward(response: str, answer: str) -> float:
     """response: the policy's text; answer: assertions. 1.0 if the last code block passes them, else 0.0."""
-    blocks = re.findall(r"```(?:python)?\s*\n(.*?)```", response.rpartition("</think>")[2], re.DOTALL)
+    text = response.rpartition("</think>")[2]  # what follows the reasoning; all of it, if there is none
+    blocks = re.findall(r"```(?:python)?\s*\n(.*?)```", text, re.DOTALL)
     if not blocks:
         return 0.0
-    secret = secrets.token_hex(8)  # that the process ended without an error would not say that the tests ran
+    secret = secrets.token_hex(8)  # shows that the tests ran: code that calls exit() has no error either
     program = f"{blocks[-1]}\n{answer}\nprint({secret!r})\n"
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
-        try:
+        try:  # -I: no modules from the folder or the user's own packages; -: the program comes from `input`
             subprocess.run(
                 [sys.executable, "-I", "-"], input=program.encode(errors="replace"), cwd=folder, env={},
                 stdout=output, stderr=subprocess.DEVNULL, timeout=2 * SECONDS, preexec_fn=limit)
