@@ -1,9 +1,9 @@
-"""A new algorithm is one small file: REINFORCE, with one number for all prompts in the critic's place.
+"""A new algorithm is one small file: SPPO with one number for all prompts in the critic's place.
 
     python examples/running_mean.py
 
-From every reward it subtracts the mean of the rewards so far, in which each step counts three quarters of the
-step after it: so it remembers about four. This is what SPPO must beat, whose V(s) differs between prompts.
+The number is an exponential mean of the rewards: after each step it moves a quarter of the way to that step's
+mean reward. This is what SPPO must beat, whose V(s) differs between prompts.
 """
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ class RunningMean(Baseline):
 
     def update(self, batch):
         self.mean += (batch.rewards.mean().item() - self.mean) / 4
-        return {"baseline/mean": self.mean}
+        return {"baseline/mean": self.mean}  # for metrics.jsonl
 
     def state_dict(self):  # for checkpoints
         return {"mean": self.mean}
@@ -33,5 +33,5 @@ class RunningMean(Baseline):
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with clear_errors():  # bad input ends in one sentence; an --output that is typed comes last, and wins
         train(TrainConfig.parse(__doc__, ["--output", "runs/mean", *sys.argv[1:]]), RunningMean)

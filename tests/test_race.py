@@ -169,11 +169,11 @@ def test_an_oracle_in_the_critics_place(tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     for line in lines:
         squares = [s["advantage"] ** 2 for s in samples if s["step"] == line["step"]]
-        assert line["advantage/variance"] == line["oracle/variance"] == pytest.approx(sum(squares) / 64, abs=1e-3)
+        assert line["advantage/variance"] == line["oracle/variance_oracle"] == pytest.approx(sum(squares) / 64, abs=1e-3)
         assert all(round(32 * (s["reward"] - s["advantage"])) == pytest.approx(32 * (s["reward"] - s["advantage"]), abs=0.05)
                    for s in samples)  # a share of 32 responses
     noise, spread, error, constant, critic, oracle = (sum(line[f"oracle/{name}"] for line in lines) / 3 for name in (
-        "noise", "spread", "critic_error", "variance_constant", "variance_critic", "variance"))
+        "noise", "spread", "critic_error", "variance_constant", "variance_critic", "variance_oracle"))
     assert oracle == pytest.approx(noise, abs=0.05) and constant == pytest.approx(noise + spread, abs=0.05)
     assert critic == pytest.approx(noise + error, abs=0.06) and spread > 0.03
 

@@ -47,8 +47,8 @@ ALGORITHMS = {  # name: the script and the options that make it this algorithm
     "ReMax": ["grpo.py", "--baseline", "remax"]}
 SAMPLES = {"GRPO": GROUP, EQUAL: GROUP, "RLOO": GROUP, "ReMax": 2}  # a prompt; the others take one
 KEPT = ("group/all_right", "group/all_wrong", "critic/auc", "critic/skill", "advantage/variance",
-        *(f"oracle/{name}" for name in ("noise", "spread", "critic_error", "variance", "variance_critic",
-                                        "variance_constant")),
+        *(f"oracle/{name}" for name in ("noise", "spread", "critic_error", "variance_constant",
+                                        "variance_critic", "variance_oracle")),
         *(f"critic/auc_tenth_{k}" for k in range(1, 11)))  # the metrics that race.json keeps
 PHASES = ("rollout", "reward", "logprobs", "critic", "update", "sync")
 EVALUATIONS = 20  # in a run

@@ -208,7 +208,7 @@ def variances(runs, size):
     noise = mean("noise")
     return noise, {CONSTANT: (noise + mean("spread"), mean("variance_constant")),
                    "SPPO": (noise + mean("critic_error"), mean("variance_critic")),
-                   ORACLE: (noise, mean("variance"))}
+                   ORACLE: (noise, mean("variance_oracle"))}
 
 
 def variance_table(runs):
