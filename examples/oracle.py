@@ -19,8 +19,8 @@ FRESH = 32  # responses per prompt that measure its chance of success
 
 class Oracle(SPPO):
     def next_problems(self, first, count):
-        """The problems are SPPO's. But this is called before each step's sampling, when the engine is awake and
-        has the current weights, so here is the time to sample more."""
+        """The problems are SPPO's. But this is called before each step's sampling, when the engine is awake
+        and has the current weights, so here is the time to sample more."""
         problems = super().next_problems(first, count)
         self.chance = self.run.sampler.sample(problems, FRESH).rewards.view(-1, FRESH).mean(1)  # [B]
         return problems
