@@ -123,7 +123,8 @@ def test_a_part_of_the_runs_made_again_leaves_the_others():
 def test_the_contrast_has_the_shortest_and_the_longest_chains(tmp_path):
     file = Path(race.contrast(tmp_path / "runs/contrast.jsonl"))
     rows = [json.loads(row)["problem"] for row in file.read_text().splitlines()]
-    assert {sum(sign in "+-*" for sign in row.split()[1]) for row in rows} == {1, 14} and len(rows) > 1000
+    operations = [sum(sign in "+-*" for sign in row.split()[1]) for row in rows]
+    assert operations.count(1) == operations.count(14) == len(set(rows)) / 2 > 200
 
 
 def test_a_race_continues_where_it_stopped(tmp_path, monkeypatch, capsys):

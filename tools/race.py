@@ -110,11 +110,13 @@ def runs_of(c, results):
 
 
 def contrast(file):
-    """Writes the problems of the built-in task that have 1 or 14 operations, and returns the file's name."""
+    """Writes the problems of the built-in task that have 1 operation, and as many that have 14. Returns the
+    file's name."""
+    rows = dict.fromkeys(Path(BUILTIN_MODEL, "chain.jsonl").read_text().splitlines())  # each once
+    short, long = ([row for row in rows if len(re.findall(r"[-+*]", json.loads(row)["problem"])) == n]
+                   for n in (1, 14))
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = Path(BUILTIN_MODEL, "chain.jsonl").read_text().splitlines()
-    operations = [len(re.findall(r"[-+*]", json.loads(row)["problem"])) for row in rows]
-    file.write_text("".join(f"{row}\n" for row, n in zip(rows, operations, strict=True) if n in (1, 14)))
+    file.write_text("\n".join(short + long[: len(short)]) + "\n")
     return str(file)
 
 
@@ -206,7 +208,8 @@ def main(arguments=None):
         results = json.loads(file.read_text()) if file.exists() else {}
         if not c.redraw:
             if c.part == "contrast":
-                c = replace(c, dataset=contrast(Path(c.output, "contrast.jsonl")))
+                c = replace(c, output=f"{c.output}-contrast")
+                c = replace(c, dataset=contrast(Path(c.output, "problems.jsonl")))
             with ThreadPool(c.jobs) as pool:
                 runs = list(pool.imap(lambda run: one_run(c, extra, *run), runs_of(c, results)))
             if c.part == "quick":
