@@ -344,47 +344,46 @@ def over_responses(axes):
 
 
 def draw_costs(axes, runs):
-    """Responses to TARGET by baseline, a line for each batch and a dot for each seed. Seeds that never get
-    there stand above the dotted line."""
-    names, colours = (*BASELINES, EQUAL), ("#9ecae1", "#4292c6", "#08306b")
+    """Responses to TARGET by baseline: a dot for each seed, a bar for the median, a colour for each batch.
+    Seeds that never get there stand above the dotted line."""
+    names = CONSTANT, EQUAL, "SPPO", ORACLE, "SPO"
     sizes = sorted({run["prompts"] for run in of(runs, CONSTANT)})
-    never = 1.35 * max(run["responses"][-1] for run in runs if run["algorithm"] in names)
-    for place, (size, colour) in enumerate(zip(sizes, colours, strict=False)):
-        points = [[cost_to(run, TARGET, "responses") for run in of(runs, name) if run["prompts"] == size]
-                  for name in names]
-        middle = [min(statistics.median(costs), never) if costs else math.nan for costs in points]
-        axes.plot(range(len(BASELINES)), middle[:-1], "-", color=colour, label=f"{size} prompts per step")
-        for x, costs in enumerate(points):
-            axes.plot([x + 0.12 * (place - 1)] * len(costs), [min(cost, never) for cost in costs], "o",
-                      color=colour, markersize=3.5, markeredgewidth=0)
-            axes.plot(x + 0.12 * (place - 1), middle[x], "_", color=colour, markersize=9)
+    never = 1.35 * max(run["responses"][-1] for name in names for run in of(runs, name))
+    for place, (size, colour) in enumerate(zip(sizes, ("#e8850c", "#2171b5", "#222222"), strict=False)):
+        for number, name in enumerate(names):
+            x = number + 0.2 * (place - 1)
+            costs = [min(never, cost_to(run, TARGET, "responses")) for run in of(runs, name)
+                     if run["prompts"] == size]
+            label = f"{size} prompts per step" if name == CONSTANT else None
+            axes.plot([x] * len(costs), costs, "o", color=colour, markersize=4, alpha=0.7, label=label)
+            if costs:
+                axes.plot(x, statistics.median(costs), "_", color=colour, markersize=12, markeredgewidth=2)
     axes.axhline(never / 1.15, color="black", linewidth=0.8, linestyle=":")
-    axes.text(len(names) - 0.5, never, "never ", va="center", ha="right", fontsize=8)
+    axes.text(1, never, "never ", va="center", ha="right", fontsize=8,
+              transform=axes.get_yaxis_transform())
     axes.set(yscale="log", ylim=(None, 1.15 * never))
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y / 1000:g}k")
-    axes.set_yticks([500, 1000, 2000, 4000, 8000])
+    axes.set_yticks([500, 1000, 2000, 4000, 8000], ["500", "1k", "2k", "4k", "8k"])
     axes.minorticks_off()
-    axes.set_xticks(range(len(names)), [name.replace(" at ", "\nat ").replace("equal ", "equal\n")
-                                        for name in names])
-    axes.set_title(f"responses to accuracy {TARGET}, by what is subtracted", loc="left", fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set_xticks(range(len(names)), [name.replace(" at ", " at\n") for name in names])
+    axes.set_title(f"responses to accuracy {TARGET}, by what is subtracted from R", loc="left", fontsize=9)
+    axes.legend(fontsize=8, loc="lower right")
 
 
 def draw_variances(axes, runs):
     """What adds to the variance of A: noise, which no baseline removes, and the baseline's error."""
-    sizes = sorted({run["prompts"] for run in of(runs, ORACLE)})
+    sizes, ticks = sorted({run["prompts"] for run in of(runs, ORACLE)}), {}
     for group, size in enumerate(sizes):
         noise, found = variances(runs, size)
         for place, (name, (predicted, measured)) in enumerate(found.items()):
-            x = group + 0.27 * (place - 1)
-            axes.bar(x, noise, 0.24, color="#cccccc")
-            axes.bar(x, predicted - noise, 0.24, noise, color=STYLES[name][1], alpha=0.75,
-                     label=f"{name}: its error" if group == 0 and name != ORACLE else None)
-            axes.plot(x, measured, "_k", markersize=9, label="measured" if group + place == 0 else None)
-    axes.set_xticks(range(len(sizes)), map(str, sizes))
-    axes.set(xlabel="prompts per step")
-    axes.set_title("variance of A; grey: E[p(1 − p)], noise", loc="left", fontsize=9)
-    axes.legend(fontsize=7.5, loc="lower right")
+            x = 3.6 * group + place
+            axes.bar(x, noise, 0.85, color="#cccccc")
+            axes.bar(x, predicted - noise, 0.85, noise, color="#e8850c")
+            axes.plot([x - 0.43, x + 0.43], [measured] * 2, color="black")
+            ticks[x] = {CONSTANT: "constant", "SPPO": "V", ORACLE: "oracle"}[name]
+        axes.text(3.6 * group + 1, 0.005, f"{size} prompts per step", ha="center", fontsize=8)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_title("variance of A: grey is noise, orange the\nbaseline's error, a black line what was measured",
+                   loc="left", fontsize=9)
     axes.grid(axis="x", visible=False)
 
 
