@@ -382,7 +382,7 @@ def draw_variances(axes, runs):
             ticks[x] = {CONSTANT: "constant", "SPPO": "V", ORACLE: "oracle"}[name]
         axes.text(3.6 * group + 1, 0.005, f"{size} prompts per step", ha="center", fontsize=8)
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_title("variance of A: grey is noise, orange the\nbaseline's error, a black line what was measured",
+    axes.set_title("variance of A: grey is noise, orange the\nbaseline's error, black what was measured",
                    loc="left", fontsize=9)
     axes.grid(axis="x", visible=False)
 
