@@ -77,12 +77,13 @@ def test_two_ranks_learn_like_one(demo, tmp_path):
     one, two = ([m["eval_accuracy"] for m in metrics(folder)[:11] if "eval_accuracy" in m] for folder in (demo[1], tmp_path))
     print(f"\naccuracy by 10 steps on 1 rank {one}, on 2 ranks {two}")
     assert len(one) == len(two) == 2
-    assert two[1] >= two[0] + 0.05
+    assert two[1] >= two[0] + 0.1
     for folder in (demo[1], tmp_path):  # the critic began with the mean of the first rewards, on both ranks
         first, n = metrics(folder)[1], 128
         mean, value = first["reward"], (first["reward"] * n + 0.5) / (n + 1)
         assert first["critic/bce"] == pytest.approx(-mean * math.log(value) - (1 - mean) * math.log(1 - value), abs=1e-5)
-    assert abs(one[1] - two[1]) < 0.1
+    # Ten seeds of the demo, with two instruction sets, had 0.52 to 0.71 after ten steps.
+    assert abs(one[1] - two[1]) < 0.2
     assert max(m["policy/rollout_gap"] for m in metrics(tmp_path)[1:]) < 1e-3
     assert done.stdout.count("step  1/10") == 1  # one rank speaks
 
