@@ -366,7 +366,7 @@ def draw_costs(axes, runs):
     axes.minorticks_off()
     axes.set_xticks(range(len(names)), [name.replace(" at ", " at\n") for name in names])
     axes.set_title(f"responses to accuracy {TARGET}, by what is subtracted from R", loc="left", fontsize=9)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center", bbox_to_anchor=(0.55, 0.8))  # where no dots are
 
 
 def draw_variances(axes, runs):
