@@ -130,18 +130,20 @@ _SAME = {name: form for form, names in [  # what becomes of a command, or of a s
 
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
 _INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # what may stand in braces, with up to two levels in it
-# A unit outside of \text{}: single letters are variables, and other short words are products.
-_UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|[mk]g|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|M?Hz|k?Pa|kJ|USD|"
-         r"[ap]\.m|(?!sqrt|frac)[a-zA-Z]{4,})(?![a-zA-Z])")
+# A unit outside of \text{}: single letters are variables, and other short words are products, as is mg after
+# a formula.
+_UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|kg|(?<!\})(?<!\} )mg|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|"
+         r"M?Hz|k?Pa|kJ|USD|[ap]\.m|(?!sqrt|frac)[a-zA-Z]{4,})(?![a-zA-Z])")
 # A unit in \text{}. It has no verb and no condition, as in 7 \text{ is wrong} or 7 \text{ if } x > 0.
 _UNIT_TEXT = (r"(?:\s*(?:/|\\cdot)?\s*\\text\s*\{(?![^{}]*\b(?:is|are|was|not|plus|minus|if|when|unless|"
               r"than|but|except)\b)(?:[^{}\d]|\{[^{}]*\})*\})+")
 _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern becomes, in this order
     # A list of one text is this text: ['2'].
     (r"^\[\s*(['\"])(.*)\1\s*\]$", r"\2"),
-    # Spaces may group thousands: 1\,000\,000, 1 000 000; and braces spare a space: 1{,}000, 11{:}30.
+    # Spaces may group thousands: 1\,000\,000, 1 000 000. So may commas before a decimal point: 1,250.50.
+    # Braces spare a space: 1{,}000, 11{:}30.
     (r"\{([,:])\}", r"\1"),
-    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\\[,;: ]|~|\s)\d{3})+)(?![\d/])",
+    (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\\[,;: ]|~|\s)\d{3})+(?![\d/])|(?:,\d{3})+(?=\.\d))",
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
     # Lines of an environment are a list, but one that begins with a relation continues the one above.
     (r"\\(begin|end)\s*\{array\}(?:\s*\{[^{}]*\})?", r"\\\1{matrix}"),
@@ -364,7 +366,7 @@ def same_value(x, y, decimals=None, *_):
         if p.is_finite is False or q.is_finite is False:
             if p != q or not p.is_infinite:
                 return False
-        elif not is_zero(p - q) and not (decimals and abs(p - q).evalf() <= min(1e-6, 2e-6 * abs(p).evalf())):
+        elif not is_zero(p - q) and not (decimals and abs(p - q).evalf() <= min(1e-6, 5e-6 * abs(p).evalf())):
             return False
     return True
 
