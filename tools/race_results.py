@@ -377,12 +377,12 @@ def draw_variances(axes, runs):
         for place, (name, (predicted, measured)) in enumerate(found.items()):
             x = 3.6 * group + place
             axes.bar(x, noise, 0.85, color="#cccccc")
-            axes.bar(x, predicted - noise, 0.85, noise, color="#e8850c")
+            axes.bar(x, predicted - noise, 0.85, noise, color="#41ab5d")
             axes.plot([x - 0.43, x + 0.43], [measured] * 2, color="black")
             ticks[x] = {CONSTANT: "constant", "SPPO": "V", ORACLE: "oracle"}[name]
         axes.text(3.6 * group + 1, 0.005, f"{size} prompts per step", ha="center", fontsize=8)
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_title("variance of A: grey is noise, orange the\nbaseline's error, black what was measured",
+    axes.set_title("variance of A: grey is noise, green the\nbaseline's error, black what was measured",
                    loc="left", fontsize=9)
     axes.grid(axis="x", visible=False)
 
