@@ -82,6 +82,7 @@ class Watch(Ratios):
         super().__init__(run, baseline, policy_loss)
         self.baseline = baseline
         run.config.steps, run.config.eval_every, run.config.save_every = 1, 0, 0
+        run.config.critic_warmup = 0  # or the policy would keep still, and there would be no loss to tell of
         run.held_out, run.benchmarks = [], {}  # nothing is evaluated
 
     def add(self, *metrics):

@@ -492,6 +492,9 @@ class TrainConfig(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step "
                              f"{self.prompts_per_step}; choose a divisor of it")
+        if self.critic_warmup >= self.steps and not self.explain:
+            raise InputError(f"--critic-warmup {self.critic_warmup}: with --steps {self.steps} the policy "
+                             "would never be trained; give more steps, or a shorter warm-up")
         # One response may come from several policies, of which only the engine knew the log-probabilities.
         if self.oversample and self.old_logprobs != "rollout":
             raise InputError(f"--oversample {self.oversample}: also give --old-logprobs rollout")

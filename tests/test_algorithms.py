@@ -69,6 +69,7 @@ def test_help_explains_every_option(script):
     (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
     (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: PPO needs finished responses"),
+    (["ppo.py", "--critic-warmup", "3", "--steps", "3"], "--critic-warmup 3: with --steps 3 the policy would never be trained"),
     (["ppo.py", "--lam", "1.5"], "--lam 1.5: must be 0 or more and at most 1"),
     (["ppo.py", "--critic-model", "OTHER"], "reads other tokens than")])
 def test_bad_input_is_one_clear_sentence(tmp_path, command, message, capsys):

@@ -21,7 +21,7 @@ def number(pattern, text):
 
 @pytest.mark.parametrize("script, options", [
     ("sppo.py", []), ("grpo.py", []), ("grpo.py", ["--baseline", "rloo"]), ("grpo.py", ["--baseline", "remax"]),
-    ("ppo.py", []), ("spo.py", ["--init-samples", "0"]), ("sppo.py", ["--minibatch", "32"])])
+    ("ppo.py", ["--critic-warmup", "5"]), ("spo.py", ["--init-samples", "0"]), ("sppo.py", ["--minibatch", "32"])])
 def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
     done = run(script, *QUICK, *options, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
