@@ -21,9 +21,9 @@ test: install  ## linter and the whole test suite
 race: install  ## every algorithm at the papers' batch, and the figures: about 80 minutes on two cores
 	$(BIN)/python -m tools.race --jobs 2
 
-race-batches: install  ## SPPO, GRPO and a constant at 16 to 512 prompts per step: about an hour
+race-batches: install  ## what a baseline buys, by the prompts per step: hours
 	$(BIN)/python -m tools.race --part batches --jobs 2
-	$(BIN)/python -m tools.race --part constant --jobs 2
+	$(BIN)/python -m tools.race --part contrast --jobs 2
 
 race-grid: install  ## the best learning rate of each algorithm, which `make race` then also uses: about an hour
 	$(BIN)/python -m tools.race --part grid --jobs 2
@@ -31,7 +31,7 @@ race-grid: install  ## the best learning rate of each algorithm, which `make rac
 race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: four minutes
 	$(BIN)/python -m tools.race --part quick --jobs 2
 
-lesson: install  ## the pictures of docs/pictures, from a run of the built-in model: some minutes
+lesson: install  ## the pictures of docs/pictures, from three runs of the built-in model: half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lesson
 
 control: install  ## SPPO without a language model (examples/control.py): a minute, after installing Gymnasium

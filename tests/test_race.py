@@ -1,6 +1,7 @@
 """The race's arithmetic, by hand; the committed results; and a race of two steps through the command line."""
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,13 @@ def test_verdicts_on_control_tasks():
     assert rows(0.9, 0.9)[name][1] == "partly"
     assert rows(0.3, 0.1)[name][1] == "not run (to the end)" and rows(0.3, 0.1, 2500)[name][1] == "no"
     assert rows(0.9, 0.1)["Pendulum: SPPO solves it"][1] == "not run"
+
+
+def test_the_makefile_names_parts_that_exist():
+    parts = re.findall(r"tools\.race --part (\w+)", (ROOT / "Makefile").read_text())
+    assert parts
+    for part in parts:
+        race.RaceConfig.parse("", ["--part", part]).check()
 
 
 def test_a_part_of_the_runs_made_again_leaves_the_others():

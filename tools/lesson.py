@@ -1,6 +1,6 @@
 """Pictures of what SPPO and its relatives do, drawn from one real run of the built-in model.
 
-    python -m tools.lesson              trains three times, ten minutes in all, and draws
+    python -m tools.lesson              trains three times, half an hour in all, and draws
     python -m tools.lesson --redraw     draws again what docs/pictures/lesson.json holds
     python -m tools.lesson -- --steps 20 ...     what follows -- is given to the run
 
