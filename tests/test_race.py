@@ -190,6 +190,7 @@ def test_an_oracle_in_the_critics_place(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--prompts-per-step", "12"], "--prompts-per-step 12: must be a multiple of 16"),
     (["--seeds", "0"], "--seeds 0: must be greater than 0"),
+    (["--algorithms", "SPPO", "SPO"], "costs are compared between SPPO and GRPO; name both"),
     (["--algorithms", "SPPO", "GRPO", "GRP"], "must be names that --help lists"),
     (["--redraw", "--results", "nowhere"], "nowhere/race.json: there are no results to draw")])
 def test_bad_input_is_one_clear_sentence(options, message, tmp_path, capsys):

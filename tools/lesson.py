@@ -28,7 +28,6 @@ from tools.race_results import pyplot, save
 
 GROUP = 8  # responses to a prompt where algorithms are compared, as in GRPO
 HELD_OUT = 200  # prompts on which V is compared with the chance of success, as in the paper
-PAPER = 0.642, 0.664  # its correlations of V and that chance: Pearson's r, Spearman's rho
 
 
 @dataclass

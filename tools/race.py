@@ -84,6 +84,9 @@ class RaceConfig(CommandLine):
                              f"{2 * GROUP}, so that half of it can be samples of groups of {GROUP}")
         if not {*self.algorithms} <= ALGORITHMS.keys():
             raise InputError(f"--algorithms {' '.join(self.algorithms)}: must be names that --help lists")
+        if self.part == "race" and self.algorithms and not {"SPPO", "GRPO"} <= {*self.algorithms}:
+            raise InputError(f"--algorithms {' '.join(self.algorithms)}: costs are compared between SPPO and "
+                             "GRPO; name both, or choose another --part")
         if any(size < 2 or size % 2 for size in self.batches):
             raise InputError(f"--batches {self.batches}: a mini-batch is half of each; give even numbers")
 
