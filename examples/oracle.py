@@ -11,13 +11,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # sppo.py is in the folder above
-from cli import clear_errors  # noqa: E402
+from cli import InputError, clear_errors  # noqa: E402
 from sppo import SPPO, TrainConfig, train  # noqa: E402
 
 FRESH = 32  # responses per prompt that measure its chance of success
 
 
 class Oracle(SPPO):
+    def __init__(self, run):
+        if run.config.oversample:
+            raise InputError("--oversample: the oracle samples before each whole step; leave it out")
+        super().__init__(run)
+
     def next_problems(self, first, count):
         """The problems are SPPO's. But this is called before each step's sampling, when the engine is awake
         and has the current weights, so here is the time to sample more."""
