@@ -5,6 +5,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from conftest import complaint, metrics, run
@@ -20,7 +21,6 @@ from ppo import whiten
 from rollout import Batch
 from spo import normalize
 from sppo import TrainConfig, policy_step
-from tools import families
 
 OPTIONS = dict(lr=1e-3, dtype="float32")
 SMALL = ["--dataset", "chain:64", "--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "4",
@@ -98,7 +98,7 @@ def test_families_that_vllm_serves_in_its_own_way(family, tmp_path):
 
 
 def test_the_command_that_writes_the_table(tmp_path):
-    done = run("tools/families.py", "--engine", "transformers", "--ranks", "2", "--output", tmp_path / "x.md", "Mixtral", "Gemma 2")
+    done = run("tests/families.py", "--engine", "transformers", "--ranks", "2", "--output", tmp_path / "x.md", "Mixtral", "Gemma 2")
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in (tmp_path / "x.md").read_text().splitlines()]
     assert rows[2][:2] == ["Mixtral", "trains"] and float(rows[2][2]) < 1e-5 and float(rows[2][3]) == 0

@@ -1,6 +1,6 @@
 """Which families of models train here: two steps of a tiny one of each, at learning rate 0.
 
-    python -m tools.families [--engine vllm] [--ranks 2] [FAMILY ...]       writes results/families.md
+    python -m tests.families [--engine vllm] [--ranks 2] [FAMILY ...]       writes results/families.md
 
 Every model is built from transformers' own config class (2 layers, hidden 64, random weights), with the
 tokenizer of the built-in model. "Trains" means that the run ended well. Its gap is the mean difference of
