@@ -215,7 +215,10 @@ class Task:
     # The expert's rewards: (states [B, T + 1, D], the environment's rewards [B, T]) -> [B, T]. Divided by
     # 100, because the environment's add up to hundreds, and an untrained critic's values are near 0.
     dense: Callable = lambda states, rewards: rewards / 100
-    expert_horizon: int = 1000  # for the expert alone; with a shorter one Pendulum's learns sooner
+    # How the expert learns: the horizon, the discount and the learning rate.
+    expert_horizon: int = 1000
+    expert_gamma: float = 0.98
+    expert_lr: float = 1e-3
     cloned: float = 0.2  # the share of successes at which the clone is done: more than a random policy's
 
     def make(self, count, seed):
@@ -261,7 +264,7 @@ TASKS = {
     # Never to fall, and to get more than a metre forward. The state begins with this distance, for `success`
     # alone: divided by inf it is 0, and no network sees it.
     "Hopper": Task(partial(make_vec, "Hopper-v5", exclude_current_positions_from_observation=False),
-                   horizon=1000, batch=8, scale=(inf, *[1] * 11),
+                   horizon=1000, batch=8, scale=(inf, *[1] * 11), expert_gamma=0.99, expert_lr=3e-4,
                    success=lambda s, reward, ended: ~ended & (s[:, 0] > 1)),
     # To have a leg on the ground, near the middle. State: x first, the two legs' contacts last. A crash also
     # brings the legs to the ground. It is told by its reward, -100.
@@ -280,9 +283,10 @@ def train_expert(task, seed, updates=1000):
     """PPO on the dense reward, until half of the trajectories of the last five batches also succeed."""
     torch.manual_seed(seed)
     policy = Policy(task)
-    ppo = partial(PPO, dense=True, gamma=0.98, lam=0.95, value_clip=inf)
+    ppo = partial(PPO, dense=True, gamma=task.expert_gamma, lam=0.95, value_clip=inf)
     task = replace(task, horizon=min(task.horizon, task.expert_horizon))
-    curve = train(task, policy, ppo, updates, seed, lr=1e-3, report=lambda curve: sum(curve[-5:]) / 5 > 0.5)
+    curve = train(task, policy, ppo, updates, seed, lr=task.expert_lr,
+                  report=lambda curve: sum(curve[-5:]) / 5 > 0.5)
     print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward.")
     return policy
 

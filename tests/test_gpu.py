@@ -21,11 +21,13 @@ import policy
 import sharded
 from cli import BUILTIN_MODEL, InputError
 from engines import Response, VLLMEngine
+from eval import EvalConfig
 from log import progress
 from rollout import Batch
 from sppo import TrainConfig, clipped_policy_loss, policy_step
 from tools import bench, gpu
 from tools.plan import PlanConfig
+from tools.race import RaceConfig
 
 # ---- starting ----------------------------------------------------------------------------------------------
 
@@ -339,8 +341,9 @@ def test_the_dry_run_of_a_part(name, tmp_path):
 @pytest.mark.parametrize("name, command", [*((name, command) for name, (*_, command) in gpu.PARTS.items()), *gpu.DRY.items()])
 def test_the_commands_are_understood(name, command):
     """Every part, on a GPU and dry: its options exist, with values that no check refuses."""
-    words = shlex.split(command)
-    config = {"sppo.py": (TrainConfig, 1), "tools.plan": (PlanConfig, 3), "tools.bench": (bench.StepConfig, 3)}
+    words = shlex.split(command.partition(" -- ")[0])
+    config = {"sppo.py": (TrainConfig, 1), "tools.plan": (PlanConfig, 3), "tools.bench": (bench.StepConfig, 3),
+              "eval.py": (EvalConfig, 1), "tools.race": (RaceConfig, 2)}
     kind, first = config.get(words[1] if words[0] == "-m" else words[0], (None, 0))
     if name == "generate":
         kind = bench.GenerateConfig

@@ -65,6 +65,7 @@ def matmul_rate(device, dtype):
 class StepConfig(sppo.TrainConfig):
     shape: str | None = option(None, f"random weights of one of {', '.join(SHAPES)}", group="bench step")
     response_lengths: str | None = option(None, "N, or MEDIAN:SIGMA (log-normal): tokens of each response")
+    hold_to: float = option(0.0, "GiB that torch may take of the GPU, as if it were a smaller one (0: all)")
 
     def check(self):
         if self.shape and self.shape not in SHAPES:
@@ -86,8 +87,11 @@ class MeasuredSPPO(sppo.SPPO):
         self.memory = []  # after each step
 
     def next_problems(self, first, count):
-        if first == 0 and self.run.config.response_lengths:  # the engine is made after the baseline
-            set_lengths(self.run.engine, self.run.config.response_lengths, self.run.config.seed)
+        c = self.run.config
+        if first == 0 and c.response_lengths:  # the engine is made after the baseline
+            set_lengths(self.run.engine, c.response_lengths, c.seed)
+        if first == 0 and c.hold_to and self.run.device.type == "cuda":
+            hold_to(c.hold_to)
         return super().next_problems(first, count)
 
     def advantages(self, batch):
@@ -109,6 +113,14 @@ def set_lengths(engine, lengths, seed):
         drawn = [rng.lognormvariate(math.log(float(median)), float(sigma or 0)) for _ in prompts]
         return generate(prompts, max_tokens=[round(min(max_tokens, max(1, n))) for n in drawn], **options)
     engine.generate = with_lengths
+
+
+def hold_to(gib):
+    """Lets torch take so much of the GPU, as if it were a smaller one. For torch, vLLM's memory is taken even
+    while vLLM sleeps and has given it back, so it comes on top."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+    taken = gib * 2**30 + CuMemAllocator.get_instance().get_current_usage()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, taken / torch.cuda.mem_get_info()[1]))
 
 
 def random_model(shape, folder):

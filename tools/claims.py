@@ -89,7 +89,7 @@ def claims(folder=ROOT):
     race = of_the_race(load("results/race.json"))
     knows = [seed[-1] for seed in load("docs/pictures/lesson.json")["knows"]]
     r, rho = (statistics.mean(at[key] for at in knows) for key in ("r", "rho"))
-    ratios = load("results/stragglers.json")
+    ratios = load("results/stragglers.json")["ratios"]
     medians = [ratios[p][1] for p in ("0.1", "0.15", "0.3")]
     return [
         *race[:3],

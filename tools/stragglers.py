@@ -1,6 +1,7 @@
 """How much faster is training without groups? SPO's 4.35 (arXiv 2509.13232) is one draw; here are many.
 
-    python -m tools.stragglers        results/stragglers.png and stragglers.json, in seconds
+    python -m tools.stragglers            results/stragglers.png and stragglers.json, in seconds
+    python -m tools.stragglers --train    also runs with and without --oversample; goes on after a kill
 
 48 trajectories are in flight, and a step needs 24. GRPO's come in 6 groups of 8, and a group is done when its
 slowest is. So GRPO waits for the third fastest group (486 s in the paper's draw), and SPO for the first 24 of
@@ -9,15 +10,26 @@ uniform in 60 to 135 s, and stragglers, uniform in 400 to 560 s, each with proba
 
 What the ratio does not count: the 24 that are not there yet are dropped, and these are the long ones. So the
 policy hardly learns from long answers. sppo.py's --oversample lets them finish, and trains on each.
+
+The runs of --train tell what that gains. Their model is the built-in one, taught to add a row of dots after
+its answer, whose length is log-normal. They take turns, since machines are noisy.
 """
+import argparse
 import json
+import math
+import statistics
 from pathlib import Path
 
 import numpy as np
 
+from cli import clear_errors, say
+from tools.race import metrics_of
 from tools.race_results import pyplot, save
 
 DRAWS = 4000
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+SETTINGS = {"waiting for all": [], "oversampling": ["--oversample", 1.5]}  # name: options
+STEPS, PROMPTS, SEEDS = 40, 64, 3
 
 
 def two_kinds(p, shape, random):
@@ -92,17 +104,62 @@ def draw(plt):
     return figure
 
 
+def make_rambling(folder):
+    """Writes the model whose lengths have a long tail: its rows have 16 dots in the median, at most 1,000."""
+    from transformers import Qwen2ForCausalLM
+
+    from builtin.make import FOLDER, LR, chain, make_tokenizer, teach
+
+    def example(random):
+        question, answer = chain(random)
+        return question, answer + "." * min(1000, int(random.lognormvariate(math.log(16), 1.4)))
+    model = Qwen2ForCausalLM.from_pretrained(FOLDER, max_position_embeddings=1200)
+    tokenizer = make_tokenizer()
+    teach(model, tokenizer, [dict(steps=200, batch=32, weight_decay=0.0, example=example)], LR / 3)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+
+
+def train(runs="runs/stragglers"):
+    """Returns, for each of SETTINGS, what each seed reached: {name: [value of each seed]}."""
+    model, found = Path(runs, "model"), {name: [] for name in SETTINGS}
+    if not model.exists():
+        make_rambling(model)
+    for seed in range(SEEDS):
+        for name, options in SETTINGS.items():
+            lines = metrics_of(Path(runs, f"{name.replace(' ', '-')}-{seed}"), [
+                "sppo.py", "--model", model, "--engine", "vllm", "--dtype", "float32", "--temperature", 1,
+                "--steps", STEPS, "--prompts-per-step", PROMPTS, "--minibatch", PROMPTS // 2,
+                "--lr", 1.5e-4, "--critic-lr", 1e-3, "--clip-high", 0.28, "--old-logprobs", "rollout",
+                "--max-prompt-tokens", 64, "--max-response-tokens", 1050, "--no-checkpoint-activations",
+                "--save-every", 0, "--eval-every", STEPS, "--seed", seed, *options], ranks=2)
+            found[name].append({"responses/s": round(STEPS * PROMPTS / lines[-1]["seconds"], 1),
+                                "accuracy": round(lines[-1]["eval_accuracy"], 3),
+                                "tokens": round(statistics.mean(m["response_tokens"] for m in lines[1:]), 1)})
+            say(f"seed {seed}, {name}: {found[name][-1]}")
+    return {name: {key: [seed[key] for seed in seeds] for key in seeds[0]} for name, seeds in found.items()}
+
+
 def main():
-    folder = Path(__file__).resolve().parent.parent / "results"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="40 steps, three seeds, two ranks: half an hour")
+    file, given = RESULTS / "stragglers.json", parser.parse_args()
+    results = json.loads(file.read_text()) if file.exists() else {}
+    if given.train:
+        with clear_errors():
+            results["runs"] = train()
+    for name, values in results.get("runs", {}).items():
+        say(f"{name}: " + ", ".join(f"{statistics.mean(seeds):g} {key} [{min(seeds)}, {max(seeds)}]"
+                                    for key, seeds in values.items()))
     random, ratios = np.random.default_rng(1), {}  # {p: the 10th, 50th and 90th percentile}
     for p in (0.05, 0.1, 0.15, 0.3, 0.5):
         draws = ratio(two_kinds(p, (20_000, 6, 8), random), 24)
         ratios[p] = np.percentile(draws, (10, 50, 90)).round(2).tolist()
         low, median, high = ratios[p]
         print(f"p = {p:4}: groups take {median:.1f} times as long [{low:.1f}, {high:.1f}]")
-    (folder / "stragglers.json").write_text(json.dumps(ratios) + "\n")
+    file.write_text(json.dumps({**results, "ratios": ratios}) + "\n")
     plt = pyplot()
-    save(plt, {"stragglers": draw(plt)}, folder)
+    save(plt, {"stragglers": draw(plt)}, RESULTS)
 
 
 if __name__ == "__main__":
