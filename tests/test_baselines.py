@@ -93,6 +93,17 @@ def test_whiten_and_normalize():
         assert equal.abs().max() < 1e-6  # nothing to prefer
 
 
+def test_normalised_by_response_the_mean_over_tokens_is_not_zero():
+    """What SPO++ observes (arXiv 2608.24870), and spo.py says: the loss averages over tokens, `normalize` over responses."""
+    advantages = normalize(torch.tensor([-0.75, 0.25, 0.5]))  # long responses fail
+
+    def token_mean(lengths):
+        tokens = [a for a, n in zip(advantages.tolist(), lengths, strict=True) for _ in range(n)]
+        return statistics.mean(tokens)
+    assert token_mean([6, 6, 6]) == pytest.approx(0, abs=1e-6)
+    assert token_mean([20, 4, 4]) < -0.5
+
+
 @pytest.mark.parametrize("kind", ["mse", "bce"])
 def test_value_loss(kind):
     torch.manual_seed(0)
