@@ -32,7 +32,7 @@ class TrainConfig(CommandLine):
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
-    lr_decay: float = option(0.0, "the share of the steps, at the end, over which --lr falls to 0", most=1)
+    lr_decay: float = option(0.0, "the last share of the steps, over which --lr falls towards 0", most=1)
     critic_lr: float = option(5e-6, "learning rate of the critic")
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
@@ -74,8 +74,8 @@ class TrainConfig(CommandLine):
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     explain: bool = option(False, "train one step, and tell all that happens to two of its prompts")
 
-    # A model that a run has trained brings that run's options along as defaults. But not these, which belong
-    # to one run or one machine, or let code run.
+    # `CommandLine` in cli.py uses these three. A model that a run has trained brings that run's options along
+    # as defaults. But not these, which belong to one run or one machine, or let code run.
     OWN = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
            "micro_batch_tokens", "replicas", "offload", "resume", "samples", "tensorboard", "wandb",
            "deterministic", "explain", "trust_remote_code")

@@ -4,7 +4,8 @@ A token-level critic must say how good every half-written proof is. This one ans
 the policy solve this problem?", with one number per prompt. That is a classification, trained with binary
 cross-entropy. The paper found that a model much smaller than the policy is enough for it.
 
-V is the sigmoid of a logit. Without FSDP, mini-batches, chat template and `start_from`, all of it is this:
+V is the sigmoid of a logit. Without FSDP, mini-batches, clipped gradients, chat template and `start_from`, it
+is this:
 
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -115,8 +116,8 @@ class PromptCritic(ShardedModel):
 # ---- does the critic know which prompts are solvable? ------------------------------------------------------
 
 def calibration(values, rewards):
-    """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and
-    explained variance."""
+    """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and explained
+    variance. (log.py adds `critic/skill`, which needs the rewards of earlier steps.)"""
     return {"critic/bce": F.binary_cross_entropy(values, rewards).item(),
             "critic/auc": auc(values.numpy(), rewards.numpy()),
             "critic/explained_variance": explained_variance(values.numpy(), rewards.numpy())}

@@ -35,8 +35,8 @@ class Response:
 
 
 GIB = 2**30
-# Bytes of a GPU that `--vllm-memory auto` leaves free: for NCCL's buffers, for layers that FSDP gathers while
-# the policy's weights travel, and for memory that the allocator cannot use. A guess.
+# Bytes of a GPU that vLLM leaves free, if no `--vllm-memory` is given: for NCCL's buffers, for layers that
+# FSDP gathers while the policy's weights travel, and for memory that the allocator cannot use. A guess.
 RESERVED = 4 * GIB
 
 

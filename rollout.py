@@ -44,8 +44,8 @@ class Batch:
         return sum(not r.finished for r in self.responses) / len(self.responses)
 
     def metrics(self, advantages):
-        """What the responses and their advantages ([B], or [B, T]) were like. The variance is around 0: no
-        good baseline leaves another mean."""
+        """What the responses and their advantages ([B], or [B, T]) were like. The variance is around 0,
+        since a baseline that is off on average adds noise too."""
         squares = (advantages if advantages.dim() == 1 else advantages[self.mask]).square()
         return {"reward": self.rewards.mean().item(), "response_tokens": self.lengths.float().mean().item(),
                 "truncated": self.truncated, "advantage/variance": squares.mean().item()}
@@ -110,12 +110,12 @@ class Sampler:
         """
         c, world = self.config, dist.get_world_size()
         first_seed = self.random.getrandbits(40)
-        engine, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel
-        local = [j for j in range(len(prompts)) if j // adjacent % engines == engine]  # this engine's prompts
+        mine, engines = dist.get_rank() // c.tensor_parallel, world // c.tensor_parallel  # engines by number
+        local = [j for j in range(len(prompts)) if j // adjacent % engines == mine]  # this engine's prompts
         # A seed for each response costs some speed, but ranks that share an engine must sample the same.
         seeds = [first_seed + j for j in local] if c.deterministic or c.tensor_parallel > 1 else None
-        if pause_after is not None:  # this engine's part of those that must end; if it is none, start nothing
-            pause_after = pause_after // engines + (engine < pause_after % engines)
+        if pause_after is not None:  # this engine's part of those that must end. With none, it rests
+            pause_after = pause_after // engines + (mine < pause_after % engines)
             wait_for = [n for n, j in enumerate(local) if j in wait_for]
             if not pause_after and not wait_for:
                 local = []

@@ -172,7 +172,7 @@ class ShardedModel:
         blocks = [part for part in module.modules() if type(part).__name__ in names]
         # Evaluation mode, without dropout and whatever else is random: pi_old and pi must agree.
         self.module = module.eval()
-        for part in blocks if checkpoint_activations else ():  # transformers would only in training mode
+        for part in blocks if checkpoint_activations else ():  # transformers' own switch needs training mode
             part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
         for part in [*blocks, module]:
             broadcast_from_rank_0(part, device)

@@ -177,7 +177,7 @@ class SPOConfig(TrainConfig):
     temperature: float = option(1.0, "of sampling, and of the ratio", group="sampling", positive=True)
     init_samples: int = option(8, "responses per problem before step 1; 0: start from 1/2", group="algorithm")
 
-    # A prompt must come back: with 1,024 training problems each is drawn five times.
+    # A prompt must come back: with 1,024 training problems each is drawn nine times on average.
     BUILTIN = TrainConfig.BUILTIN | {"dataset": "chain:1280"}
 
     def check(self):

@@ -10,8 +10,10 @@ Then subtract what a scalar critic expected, which reads the prompt alone:
     A = R - V(s)                                   the same for every token of y; not normalised
     r_t = pi(y_t | s, y_<t) / pi_old(y_t | s, y_<t)
     maximise  min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)      averaged over all tokens of the mini-batch
-              where A < 0, but never less than 3 A           (the dual clip, --dual-clip)
+              where A < 0: the larger of this and 3 A        (the dual clip, --dual-clip)
     fit V with binary cross-entropy against R
+
+So it is in the paper. For the built-in model, some settings differ (`BUILTIN` in config.py).
 
 There is no group of samples per prompt as in GRPO, and no value per token as in PPO. There is no KL penalty
 either, and so no reference model: the reward is checked by a program, which the policy cannot please by
@@ -58,8 +60,8 @@ def decayed(lr, step, steps, decay):
     return lr * min(1.0, left / decay) if decay else lr
 
 
-def sequence_mean(advantages, lengths):
-    """Weights advantages [B] or [B, T] for `--loss-mean sequence`, so that each response counts the same in
+def weigh_sequences(advantages, lengths):
+    """Scales advantages [B] or [B, T] for `--loss-mean sequence`, so that each response counts the same in
     the loss, whatever its length. Without this, each token counts the same. lengths [B]."""
     weights = lengths.float().mean() / lengths
     return advantages * (weights if advantages.dim() == 1 else weights[:, None])
@@ -94,12 +96,12 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_low=0.
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
     loss = -(objective * mask).sum() / num_tokens
     with torch.no_grad():
-        def share(x):
+        def mean(x):
             return (x * mask).sum() / num_tokens
-        metrics = {"clip_fraction": share(clipped < unclipped),  # the minimum is the clipped one: no gradient
-                   "kl": share(ratio - 1 - log_ratio)}  # how far the policy is from the one that sampled
+        metrics = {"clip_fraction": mean(clipped < unclipped),  # the minimum is the clipped one: no gradient
+                   "kl": mean(ratio - 1 - log_ratio)}  # an estimate of KL(pi_old || pi)
         if dual_clip is not None:
-            metrics["dual_clip_fraction"] = share((advantages < 0) & (unclipped < dual_clip * advantages))
+            metrics["dual_clip_fraction"] = mean((advantages < 0) & (unclipped < dual_clip * advantages))
     return loss, metrics
 
 
@@ -113,14 +115,14 @@ def rollout_weights(old_logprobs, rollout_logprobs, mask, cap):
     gradient, 1 beyond a response's end.
     """
     log_ratio = ((old_logprobs - rollout_logprobs) * mask).detach()
-    return log_ratio.clamp(max=20).exp().clamp(max=cap)  # exp(89) is infinite in float32
+    return log_ratio.exp().clamp(max=cap)
 
 
 # ---- baselines: what is subtracted from the reward ---------------------------------------------------------
 
 @dataclass
 class Run:
-    """The parts of a run, as `train` puts them together. Loop, baselines and checkpoints use these names."""
+    """The parts of a run, which `run_training` puts together. Loop, baselines and checkpoints use them."""
     config: TrainConfig  # the options
     device: torch.device  # this rank's
     tokenizer: object  # the policy's
@@ -187,11 +189,13 @@ class SPPO(Baseline):
         self.critic.check_rows(model, c.max_prompt_tokens)
 
     def advantages(self, batch):
-        if not self.critic.updates:  # the first step: V is the mean of these rewards, of which each is 1 / B
+        if not self.critic.updates:  # the first step. V becomes the mean of B rewards, one of them its own
             self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)
         # From then on, V is that of before this step's update, which has not seen these rewards.
-        logits = self.critic.logits(self.prompts) if batch.expected is None else batch.expected
+        logits = batch.expected  # with --oversample: from when these responses were started
+        if logits is None:
+            logits = self.critic.logits(self.prompts)
         self.values = logits.sigmoid()
         return sequence_advantages(batch.rewards, logits)
 
@@ -201,14 +205,14 @@ class SPPO(Baseline):
 
     def expect(self, problems):
         if not self.critic.updates:
-            return [0.0] * len(problems)  # V = 1/2, which is known without asking: vLLM is awake
+            return [0.0] * len(problems)  # V = 1/2. To compute it, the critic would need memory that vLLM has
         return self.critic.logits(self.critic.encode(problems)).tolist()
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def training_loop(run, baseline, log, last_step):
-    """Trains run.policy from the step after `last_step` on. `train`, below, puts the parts of `run`
+    """Trains run.policy from the step after `last_step` on. `run_training`, below, puts the parts of `run`
     together."""
     c, policy, engine, clock = run.config, run.policy, run.engine, run.clock
     stop = run.closing.enter_context(checkpoint.Stop())
@@ -217,7 +221,7 @@ def training_loop(run, baseline, log, last_step):
         evaluate_policy(run, log, 0)
     for step in range(last_step + 1, c.steps + 1):
         clock.start_step()
-        run.sampler.random.seed(f"{c.seed}/{step}")  # a resumed run samples what it would have sampled
+        run.sampler.random.seed(f"{c.seed}/{step}")  # with --deterministic, a resumed run samples the same
 
         # 1. Sample responses from the current policy, and verify them.
         if c.oversample:
@@ -245,15 +249,14 @@ def training_loop(run, baseline, log, last_step):
         rows, updates = range(len(batch.responses)), []
         with clock("update"), policy.on_device():
             policy.optimizer.param_groups[0]["lr"] = decayed(c.lr, step, c.steps, c.lr_decay)
-            for start in rows[::minibatch_size]:
+            for start in rows[::minibatch_size] if step > c.critic_warmup else ():
                 minibatch = rows[start : start + minibatch_size]
-                if step > c.critic_warmup:
-                    updates.append(policy_step(policy, batch, minibatch, advantages, c))
+                updates.append(policy_step(policy, batch, minibatch, advantages, c))
 
         # 5. The baseline learns from what happened.
         with clock("critic"):
             learned = baseline.update(batch)
-        if c.oversample:  # what it expects of the next prompts: asked while the engine sleeps, for its memory
+        if c.oversample:  # V of the next prompts is asked now, while the engine sleeps: that needs memory
             run.in_flight.start(baseline, step + 1)
 
         # 6. The engine takes the new weights.
@@ -284,14 +287,14 @@ def policy_step(policy, batch, rows, advantages, config):
     rows = list(rows)
     if config.loss_mean == "sequence":
         advantages = advantages.clone()
-        advantages[rows] = sequence_mean(advantages[rows], batch.lengths[rows])
+        advantages[rows] = weigh_sequences(advantages[rows], batch.lengths[rows])
     # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards. If
     # none is left, one is kept, because every rank must come to the optimiser step.
     useful = [i for i in rows if advantages[i].any()] or rows[:1]
-    # Two divisors. Metrics are means over the tokens that have a gradient. The loss is the mean over all
-    # tokens of the mini-batch, on all ranks, those left out too: `share` turns the first into the second.
+    # Two divisors. Metrics are means over the tokens of `useful`. The loss is the mean over all tokens of the
+    # mini-batch, on all ranks, those left out too: `useful_share` turns the first into the second.
     num_tokens = batch.mask[useful].sum()
-    share = num_tokens / batch.mask[rows].sum()
+    useful_share = num_tokens / batch.mask[rows].sum()
     for places in policy.micro_batches([sum(map(len, batch.sequences[i])) for i in useful]):
         micro = [useful[place] for place in places]  # numbers of responses
         logprobs, entropy = policy.forward([batch.sequences[i] for i in micro])  # [b, t], with gradient
@@ -314,7 +317,7 @@ def policy_step(policy, batch, rows, advantages, config):
         metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / num_tokens
         if config.rollout_correction:
             metrics["rollout_truncated"] = ((weights == config.rollout_correction) * mask).sum() / num_tokens
-        policy.backward(loss * share, metrics)
+        policy.backward(loss * useful_share, metrics)
     return {f"policy/{name}": value for name, value in policy.step().items()}
 
 
@@ -374,23 +377,31 @@ def run_training(c, make_baseline, closing):
 def begin(run, baseline):
     """(the step after which the run resumes, or 0; its Log). Until then, nothing is written
     into the output folder."""
-    c, locks, logs = run.config, [], []
+    c = run.config
     if c.explain:  # another log, and nothing is written
         from explain import Watch
         return 0, Watch(run, baseline, clipped_policy_loss)
-    if problem := checkpoint.first_problem(lambda: is_main() and locks.append(checkpoint.lock(c.output))):
+
+    def lock():  # an open file: until it is closed with the run, it keeps other runs out of the folder
+        if is_main():
+            run.closing.enter_context(checkpoint.lock(c.output))
+
+    def start_files():
+        nonlocal log
+        log = Log(c, step)
+        if is_main():  # eval.py evaluates the trained model on what was held out here
+            data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c)
+
+    log = None
+    if problem := checkpoint.first_problem(lock):  # of the disk, on any rank
         raise InputError(f"{c.output}: {problem}")
-    for lock in locks:  # an open file: it keeps other runs out of the folder
-        run.closing.enter_context(lock)
     step = checkpoint.resume(run, baseline)
-    # eval.py evaluates the trained model on what was held out here, unless it is told otherwise.
-    if problem := (checkpoint.first_problem(lambda: logs.append(Log(c, step))) or checkpoint.first_problem(
-            lambda: is_main() and data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c))):
+    if problem := checkpoint.first_problem(start_files):
         raise InputError(f"{c.output}: cannot be written ({problem})")
     say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; "
         f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
         f"{len(run.problems):,} problems of {c.dataset}, {len(run.held_out)} more held out")
-    return step, logs[0]
+    return step, log
 
 
 def finish(run, log):

@@ -15,7 +15,7 @@ s_0 alone, predicts V, the chance that the trajectory will succeed (R = 1) and n
 
 The formulas are imported from sppo.py and ppo.py, where they train language models.
 
-A random policy hardly ever succeeds, and nothing can be learned from failures alone. A language model has
+A random policy succeeds seldom or never, and nothing can be learned from failures alone. A language model has
 imitated texts before, and so the policy here imitates an expert first: (1) the expert learns with PPO from
 the environment's dense reward, one for each step; (2) a clone imitates the expert's successful trajectories,
 until it succeeds now and then; (3) the clone goes on by trial and error with the binary reward.

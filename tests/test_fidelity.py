@@ -18,7 +18,7 @@ from ppo import PPO, PPOConfig
 from reward import Verifier, verifiable
 from rollout import Batch
 from spo import SPO, SPOConfig
-from sppo import TrainConfig, clipped_policy_loss, policy_step, sequence_mean
+from sppo import TrainConfig, clipped_policy_loss, policy_step, weigh_sequences
 
 PROBLEM = "Find $m + n$ if $\\frac{m}{n} = 0.5$ in lowest terms."
 HUB = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -70,11 +70,11 @@ def test_the_mean_of_the_loss_against_a_loop(mean):
     lengths = [9, 1, 4]
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     new, old, advantages = torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1.0, -2.0, 0.5])
-    scaled = sequence_mean(advantages, torch.tensor(lengths)) if mean == "sequence" else advantages
+    scaled = weigh_sequences(advantages, torch.tensor(lengths)) if mean == "sequence" else advantages
     loss, _ = clipped_policy_loss(new, old, scaled, mask)
     assert loss.item() == pytest.approx(naive_loss(new, old, advantages, lengths, mean, TrainConfig(clip_high=0.2)).item(), rel=1e-5)
-    per_token = sequence_mean(advantages[:, None].expand(3, 9), torch.tensor(lengths))
-    assert torch.allclose(per_token, sequence_mean(advantages, torch.tensor(lengths))[:, None].expand(3, 9))
+    per_token = weigh_sequences(advantages[:, None].expand(3, 9), torch.tensor(lengths))
+    assert torch.allclose(per_token, weigh_sequences(advantages, torch.tensor(lengths))[:, None].expand(3, 9))
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence"])

@@ -4,15 +4,18 @@
 #     bash tools/first_run.sh                four GPUs; GPUS=8 for eight
 #     PARTS="1 2" bash tools/first_run.sh    only these; what they print is in runs/first
 #
-# It stops at the first thing that is wrong, and says what. Parts 1 to 3 also run on a CPU, with four processes:
+# It stops at the first thing that is wrong, and says what. All of it also runs on a CPU, with four processes (part 5
+# with another SMALL, whose attention heads are an even number):
 #
-#     PARTS="1 2 3" SMALL=builtin DATA=chain LEAST=0 MORE="--engine transformers --max-prompt-tokens 64 \
-#         --max-response-tokens 64" bash tools/first_run.sh
+#     SMALL=builtin LARGE=builtin DATA=chain LARGE_DATA=chain LEAST=0 EVAL="--benchmarks chain" \
+#         MORE="--max-prompt-tokens 64 --max-response-tokens 64" bash tools/first_run.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 GPUS=${GPUS:-4} PARTS=${PARTS:-1 2 3 4 5} OUT=${OUT:-runs/first} MORE=${MORE:-}
 SMALL=${SMALL:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B} LARGE=${LARGE:-deepseek-ai/DeepSeek-R1-Distill-Qwen-7B}
-DATA=${DATA:-openai/gsm8k/main} LEAST=${LEAST:-0.002}  # the least gap that bfloat16 leaves between engine and trainer
+DATA=${DATA:-openai/gsm8k/main} LARGE_DATA=${LARGE_DATA:-BytedTsinghua-SIA/DAPO-Math-17k}
+EVAL=${EVAL:---benchmarks aime24 --max-response-tokens 1024}
+LEAST=${LEAST:-0.002}  # the least gap that bfloat16 leaves between engine and trainer
 BIN=.venv/bin
 [ -x $BIN/python ] || BIN=$(dirname "$(command -v python)")
 
@@ -95,12 +98,12 @@ three() {
 }
 
 four() {
-    train large "$GPUS" --model "$LARGE" --dataset BytedTsinghua-SIA/DAPO-Math-17k --steps 1 --prompts-per-step 32 \
+    train large "$GPUS" --model "$LARGE" --dataset "$LARGE_DATA" --steps 1 --prompts-per-step 32 \
         --minibatch 32 --critic-lr 1e-5 --weight-decay 0.1 --loss-mean sequence --max-prompt-tokens 2048 \
         --micro-batch-tokens 32768 --offload between --eval-every 0 --save-every 0
     check large "$LEAST <= gaps[0] < 0.05" "the gap between engine and trainer should be 0.01 to 0.02"
     grep -h "vLLM takes" "$OUT/large.txt"
-    echo "    at most, MiB: $(sort "$OUT/memory" | awk -F, '$2 > m[$1] {m[$1] = $2} END {for (i in m) printf "GPU %s%s  ", i, m[i]}')"
+    [ -s "$OUT/memory" ] && echo "    at most, MiB: $(sort "$OUT/memory" | awk -F, '$2 > m[$1] {m[$1] = $2} END {for (i in m) printf "GPU %s%s  ", i, m[i]}')"
     echo "    the same of the $(cat "$OUT/host")"
 }
 
@@ -111,9 +114,8 @@ five() {
     check tensor_parallel "$LEAST <= gaps[0] < 0.05" "two ranks that share an engine should have the same gap"
     train oversample "$GPUS" $common --oversample 1 --old-logprobs rollout --offload between
     check oversample "len(s) == 3 and all('rollout/age' in line for line in s)" "nothing was continued"
-    echo "  eval: eval.py on AIME24"
-    $BIN/torchrun --standalone --nproc-per-node "$GPUS" eval.py --model "$SMALL" --benchmarks aime24 --samples 2 \
-        --max-response-tokens 1024 --output "$OUT/eval.jsonl" > "$OUT/eval.txt" 2>&1 ||
+    echo "  eval: eval.py $EVAL"
+    $BIN/torchrun --standalone --nproc-per-node "$GPUS" eval.py --model "$SMALL" --samples 2 $EVAL --output "$OUT/eval.jsonl" > "$OUT/eval.txt" 2>&1 ||
         wrong "eval.py ended with exit code $?: $(tail -3 "$OUT/eval.txt")"
 }
 
