@@ -215,10 +215,12 @@ class Task:
     # The expert's rewards: (states [B, T + 1, D], the environment's rewards [B, T]) -> [B, T]. Divided by
     # 100, because the environment's add up to hundreds, and an untrained critic's values are near 0.
     dense: Callable = lambda states, rewards: rewards / 100
-    # How the expert learns: the horizon, the discount and the learning rate.
+    # How the expert learns: the horizon, the discount, the learning rate, and the share of successes at which
+    # it is done.
     expert_horizon: int = 1000
     expert_gamma: float = 0.98
     expert_lr: float = 1e-3
+    expert_success: float = 0.5
     cloned: float = 0.2  # the share of successes at which the clone is done: more than a random policy's
 
     def make(self, count, seed):
@@ -270,7 +272,7 @@ TASKS = {
     # brings the legs to the ground. It is told by its reward, -100.
     "LunarLander": Task(partial(make_vec, "LunarLander-v3"), horizon=1000, batch=16, scale=(1,) * 8,
                         success=lambda s, reward, ended:
-                        (s[:, 6:].max(1) == 1) & (abs(s[:, 0]) < 0.4) & (reward > -100)),
+                        (s[:, 6:].max(1) == 1) & (abs(s[:, 0]) < 0.4) & (reward > -100), expert_success=0.3),
     # To end upright. State: the angle's cosine, its sine, its speed. Some random policies do so in a quarter
     # of their trajectories, so the clone is stopped later.
     "Pendulum": Task(Pendulums, horizon=1000, batch=16, scale=(1, 1, 8), expert_horizon=200, cloned=0.5,
@@ -280,13 +282,13 @@ TASKS = {
 # ---- where the policy comes from: an expert, and its clone -------------------------------------------------
 
 def train_expert(task, seed, updates=1000):
-    """PPO on the dense reward, until half of the trajectories of the last five batches also succeed."""
+    """PPO on the dense reward, until enough trajectories of the last five batches also succeed."""
     torch.manual_seed(seed)
     policy = Policy(task)
     ppo = partial(PPO, dense=True, gamma=task.expert_gamma, lam=0.95, value_clip=inf)
     task = replace(task, horizon=min(task.horizon, task.expert_horizon))
     curve = train(task, policy, ppo, updates, seed, lr=task.expert_lr,
-                  report=lambda curve: sum(curve[-5:]) / 5 > 0.5)
+                  report=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
     print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward.")
     return policy
 

@@ -7,7 +7,7 @@ from conftest import ROOT, complaint, metrics, run
 
 from tools.lesson import correlation, main, ranks
 
-NAMES = {f"{name}.{kind}" for name in ("praise", "critic", "clock") for kind in ("png", "svg")}
+NAMES = {f"{name}.{kind}" for name in ("praise", "critic") for kind in ("png", "svg")}
 OPTIONS = ["--engine", "transformers", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "12", "--lr", "1e-3",
            "--deterministic", "--dataset", "chain:200", "--steps", "3", "--eval-every", "3"]
 
@@ -56,7 +56,7 @@ def test_advantages_of_one_batch(lesson):
 
 
 @pytest.mark.xdist_group("lesson")
-def test_those_who_look_on_change_nothing_and_cost_no_phase_time(lesson, tmp_path):
+def test_those_who_look_on_change_nothing(lesson, tmp_path):
     folder, data = lesson
     lines = metrics(folder / "run")[1:]
     assert [at["step"] for at in data["critic"]] == [1, 2, 3]
@@ -66,9 +66,6 @@ def test_those_who_look_on_change_nothing_and_cost_no_phase_time(lesson, tmp_pat
     assert [[at["step"] for at in seed] for seed in data["knows"]] == [[1, 2, 3]] * 2
     assert data["knows"][0][2]["r"] == pytest.approx(statistics.correlation(data["critic"][2]["value"], data["critic"][2]["share"]),
                                                      abs=0.01)
-    assert data["seconds"]["update"] == statistics.median(m["time/update"] for m in lines)
-    # The critic's time has two parts, and not that of PPO's critic and SPO's tracker.
-    assert 0 < data["seconds"]["V"] + data["seconds"]["learn"] < statistics.median(m["time/critic"] for m in lines)
     done = run("sppo.py", *OPTIONS, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("reward", "response_tokens", "policy/loss", "policy/kl", "critic/bce", "critic/loss"):

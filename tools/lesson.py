@@ -11,7 +11,6 @@ All pictures show the first seed. The others tell how well V knows the prompts (
 import json
 import random
 import shutil
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,24 +55,19 @@ class Together(SPPO):
         self.ppo, self.spo, self.step, self.measured = PPO(run), SPO(run), 0, {"critic": []}
         end_step = run.clock.end_step
 
-        def ended():  # between two steps the engine is awake, and no phase is timed
+        def ended():  # between two steps the engine is awake
             end_step()
-            phases = dict(run.clock.phases)
             self.after_step()
-            run.clock.phases = phases
         run.clock.end_step = ended
 
     def advantages(self, batch):
-        with self.run.clock("others"):  # their time, which is not SPPO's
-            self.ppo.advantages(batch)
-            self.spo.advantages(batch)
-        with self.run.clock("V"):
-            return super().advantages(batch)
+        self.ppo.advantages(batch)
+        self.spo.advantages(batch)
+        return super().advantages(batch)
 
     def update(self, batch):
-        with self.run.clock("others"):
-            self.ppo.update(batch)
-            self.spo.update(batch)
+        self.ppo.update(batch)
+        self.spo.update(batch)
         return super().update(batch)
 
     def after_step(self):
@@ -148,7 +142,7 @@ def lesson(c, extra):
 
 
 def one_run(seed, responses, extra):
-    """Trains, and returns what was measured: `Together.measured`, and the seconds of a step by phase."""
+    """Trains, and returns what was measured: `Together.measured`."""
     own = "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"]  # whose prompts come back
     config = RunConfig.parse("", [*own, "--eval-problems", str(HELD_OUT), "--seed", str(seed), *extra])
     config.eval_every, baselines = config.steps, []
@@ -156,11 +150,7 @@ def one_run(seed, responses, extra):
     train(config, lambda run: baselines.append(Together(run, responses)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
-    lines = [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()][1:]
-    for line in lines:  # the critic's time, without those who look on: for V, and to learn
-        line["time/learn"] = line["time/critic"] - line["time/others"] - line["time/V"]
-    seconds = {phase: statistics.median(line[f"time/{phase}"] for line in lines) for phase in DRAWN}
-    return {**baselines[0].measured, "seconds": seconds, "responses": config.prompts_per_step}
+    return baselines[0].measured
 
 
 # ---- the pictures: they read in black and white, and on a phone --------------------------------------------
@@ -180,7 +170,7 @@ def draw(data, folder):
                          "xtick.labelsize": 8, "ytick.labelsize": 8,
                          # One font each, since an SVG repeats the list for each text.
                          "font.sans-serif": ["DejaVu Sans"], "font.monospace": ["DejaVu Sans Mono"]})
-    save(plt, {"praise": draw_praise(plt, data["groups"]), "clock": draw_clock(plt, data),
+    save(plt, {"praise": draw_praise(plt, data["groups"]),
                "critic": draw_critic(plt, data["critic"], data["measured_with"])}, folder)
 
 
@@ -264,32 +254,6 @@ def draw_critic(plt, measured, responses):
     rows[1][0].set_ylabel("prompts")
     labels = [axes.get_legend_handles_labels() for axes in (rows[0][0], rows[1][0])]
     figure.legend(*map(sum, zip(*labels, strict=True), ([], [])), loc="outside upper center", ncols=2)
-    return figure
-
-
-# {phase: who works}, in the order of a step. The verifier works while the engine writes.
-DRAWN = {"rollout": "engine", "reward": "verifier", "logprobs": "policy", "V": "critic",
-         "update": "policy", "learn": "critic", "sync": "engine"}
-
-def draw_clock(plt, data):
-    """Seconds of a step by who computes."""
-    figure, clock = plt.subplots(figsize=(WIDTH, 2.2))
-    lanes, start, whole = ["engine", "verifier", "critic", "policy"], 0, sum(data["seconds"].values())
-    for phase, who in DRAWN.items():
-        seconds, y = data["seconds"][phase], lanes.index(who)
-        text, late = f"{phase} {seconds:.2f} s", start + seconds > 0.7 * whole
-        if phase == "reward":  # as responses end; what is left when the engine is ready is too short to see
-            clock.barh(y, start, height=0.62, color="white", edgecolor=QUIET, hatch="--", linewidth=0.8)
-            text = f"reward as responses end, then {seconds:.2f} s"
-        clock.barh(y, seconds, left=start, height=0.62, color=BLAME if who == "engine" else INK,
-                   edgecolor="white", linewidth=0.8)
-        clock.text(0 if phase == "reward" else start + late * seconds, y - 0.45, text, va="center",
-                   ha="right" if late else "left")
-        start += seconds
-    clock.set(yticks=range(4), yticklabels=lanes, ylim=(3.5, -0.7), xlim=(0, whole * 1.01),
-              xlabel=f"seconds of a step of {data['responses']} responses",
-              title="One step of the built-in model on a CPU: who works when")
-    clock.grid(axis="y", visible=False)
     return figure
 
 
