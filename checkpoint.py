@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -62,6 +63,30 @@ def check_output(output, resume):
     elif Path(output, "model").exists():
         raise InputError(f"{output}: holds a finished run without checkpoints; give another --output (to "
                          f"train its model further, also --model {output})")
+    elif _trained(output) and not resume:
+        raise InputError(f"{output}: holds a run that was stopped before its first checkpoint; give another "
+                         "--output, or --resume to start it anew from its beginning")
+
+
+def _trained(output):
+    """Whether the metrics in a run's output folder are of more than the evaluation before its first step."""
+    try:
+        lines = Path(output, "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return False
+    return len(lines) > 1 or any('"step": 0,' not in line for line in lines)
+
+
+def check_state(baseline):
+    """Raises InputError if what a baseline remembers cannot be kept in a checkpoint: now, and not when the
+    first one is due."""
+    for name, value in baseline.state_dict().items():
+        try:
+            if not isinstance(value, torch.Tensor):
+                json.dumps(value)
+        except TypeError as error:
+            raise InputError(f"{type(baseline).__name__}.state_dict: {name!r} cannot be kept in a checkpoint "
+                             f"({error}); give tensors, numbers, texts, or lists of these") from None
 
 
 def save(run, baseline, log, step):
@@ -111,6 +136,8 @@ def first_problem(action):
         problem = str(error)
     except dcp.CheckpointException as error:  # raised on all ranks, with the errors of each
         first = next(iter(error.failures.values()))[0]
+        if isinstance(first, KeyboardInterrupt):  # the second Ctrl-C
+            raise first from None
         if not isinstance(first, OSError):
             raise
         problem = str(first)
@@ -247,7 +274,9 @@ class Stop:
     requested = 0.0  # when the first signal came; 0 if none has
 
     def __enter__(self):
-        self.found = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
+        in_main = threading.current_thread() is threading.main_thread()  # no other thread is told of signals
+        self.found = {n: signal.signal(n, self._request)
+                      for n in (signal.SIGTERM, signal.SIGINT) if in_main}
         return self
 
     def __exit__(self, *_):

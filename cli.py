@@ -43,17 +43,18 @@ def say(text=""):
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def option(default, help, *, group=None, positive=False, most=math.inf):
+def option(default, help, *, group=None, positive=False, most=math.inf, empty=False):
     """A field of a config dataclass that is also a command-line option.
 
     default, help: its default, and its line in --help. The field itself is None until `CommandLine` knows
         which model is used, because a model can have defaults of its own.
     group: the heading in --help under which this option and those after it stand.
     positive: a number must be greater than 0; without it, 0 or more. most: it may be this much at most.
+    empty: a text may be empty. (Where None is allowed, an empty text means None.)
     `CommandLine.check` refuses others.
     """
     return dataclasses.field(default=None, metadata=dict(
-        default=default, help=help, group=group, limits=(positive, most)))
+        default=default, help=help, group=group, limits=(positive, most), empty=empty))
 
 
 def run_of(model):
@@ -61,6 +62,10 @@ def run_of(model):
     path = Path(model)
     places = (path, path.parent) if path.name == "model" else (path,)
     return next((run for run in places if (run / "metrics.jsonl").is_file()), None)
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False",
+         tuple: "a list of texts"}  # of options, as errors name them
 
 
 class CommandLine:
@@ -76,6 +81,12 @@ class CommandLine:
 
     def __post_init__(self):
         own, options = self.defaults(), {}
+        for name, default in own.items():  # in Python, a path may be a Path, several values a list
+            value = getattr(self, name)
+            if isinstance(value, Path) or isinstance(default, str) and type(value) is int:
+                setattr(self, name, str(value))
+            elif isinstance(value, list) and isinstance(default, tuple):
+                setattr(self, name, tuple(value))
         defaults = dict(own)
         model = getattr(self, "model", None) or own.get("model")
         if model and (run := run_of(model)):
@@ -84,6 +95,9 @@ class CommandLine:
                                  "with --resume")
             model = self.model = str(run / "model")
             options = self.options_of(run)
+        critic = getattr(self, "critic_model", None)
+        if critic and (its_run := run_of(critic)):
+            self.critic_model = str(its_run / "model")
         task = str(options.get("dataset", "")).partition(":")[0]
         if model and (Path(model).resolve().is_relative_to(BUILTIN_MODEL) or task == "chain"):
             defaults |= self.BUILTIN
@@ -96,6 +110,9 @@ class CommandLine:
                    if name not in (*self.OWN, *self.TYPED) and options.get(name) is not None}
         for name in missing:
             setattr(self, name, {**defaults, **brought}[name])
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == "" and type(None) in typing.get_args(field.type):
+                setattr(self, field.name, None)
         # What `check` tells. Not a field: config.json has the values, whoever brought them.
         self.brought = ", ".join(f"--{name.replace('_', '-')} {shown(value)}"
                                  for name, value in brought.items() if value != own[name])
@@ -164,15 +181,23 @@ class CommandLine:
         """Raises InputError for a value that no run can use. Scripts add their own checks."""
         for field in dataclasses.fields(self):
             value, (positive, most) = getattr(self, field.name), field.metadata["limits"]
-            name = f"--{field.name.replace('_', '-')}"
+            name, kinds = f"--{field.name.replace('_', '-')}", typing.get_args(field.type) or (field.type,)
+            if typing.get_origin(field.type) is typing.Literal:
+                if value not in kinds:
+                    raise InputError(f"{name} {value}: must be one of {', '.join(kinds)}")
+                continue
+            kind = tuple if typing.get_origin(field.type) is tuple else kinds[0]
+            is_kind = isinstance(value, int | float if kind is float else kind) and (
+                (kind is bool) == isinstance(value, bool))
+            if not is_kind and not (value is None and type(None) in kinds):
+                raise InputError(f"{name} {value!r}: must be {KINDS[kind]}")
+            if value == "" and not field.metadata["empty"]:
+                raise InputError(f"{name}: is empty; give a value, or leave the option out")
             if isinstance(value, int | float) and not (
                     0 <= value <= most and (value or not positive) and math.isfinite(value)):
                 allowed = "greater than 0" if positive else "0 or more"
                 allowed += " and finite" if most == math.inf else f" and at most {most}"
                 raise InputError(f"{name} {value}: must be {allowed}")
-            choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
-            if choices and value not in choices:
-                raise InputError(f"{name} {value}: must be one of {', '.join(choices)}")
         if self.brought:
             say(f"{run_of(self.model)}: was trained with {self.brought}: these are the defaults here")
 

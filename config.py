@@ -25,7 +25,8 @@ class TrainConfig(CommandLine):
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
-    suffix: str = option(data.BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)")
+    suffix: str = option(data.BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)",
+                         empty=True)
 
     steps: int = option(1000, "training steps: one rollout and its updates", group="algorithm", positive=True)
     prompts_per_step: int = option(256, "prompts sampled in a step", positive=True)
@@ -44,7 +45,7 @@ class TrainConfig(CommandLine):
     old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: recomputed, or the engine's: free")
     rollout_correction: float = option(
         0.0, "weigh tokens by pi_old / pi_rollout, at most this, say 2: for the engine's rounding (0: no)")
-    seed: int = option(0, "seed for data order and sampling")
+    seed: int = option(0, "seed for data order and sampling", most=2**63 - 1)
 
     temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
@@ -52,7 +53,8 @@ class TrainConfig(CommandLine):
     vllm_memory: float | None = option(
         None, "vLLM's share of a GPU's memory [auto: what the models leave free]", positive=True, most=1)
     oversample: float = option(0.0, "extra prompts in flight, as a share: train on the first to finish")
-    reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
+    reward_timeout: float = option(
+        1.0, "processor seconds (ten times that on the clock) until a verification scores 0", positive=True)
 
     micro_batch_tokens: int = option(18432, "tokens in one forward", group="memory and speed", positive=True)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")

@@ -73,25 +73,30 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
         file = file_of(spec)
         rows = file_rows(file) if file else hub_rows(spec, fields)
     # DAPO-17k on the hub repeats each problem a hundred times, so rows like earlier ones are not parsed.
-    count, seen, problems = 0, set(), {}  # problems: by what they say
+    count, seen, problems, others = 0, set(), {}, 0  # problems: by their messages
     for i, row in enumerate(rows):
         count = i + 1
         said = repr([row.get(field) for field in fields] if isinstance(row, dict) else row)
         if said not in seen:
             seen.add(said)
             problem = parse_row(row, i, spec, prompt_field, answer_field, suffix, own_reward)
-            problems.setdefault(json.dumps([problem.messages, problem.answer]), problem)
+            first = problems.setdefault(json.dumps(problem.messages), problem)
+            others += first.answer != problem.answer
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
     if len(problems) < count:
-        say(f"{spec}: dropped {count - len(problems):,} of {count:,} rows, which repeat earlier ones")
+        say(f"{spec}: dropped {count - len(problems):,} of {count:,} rows, which repeat earlier ones"
+            + (f" ({others:,} of them with another answer than the first, which is kept)" if others else ""))
     return [*problems.values()]
 
 
 def file_of(spec):
     """The path of the file that `spec` means, or None for the built-in task or a dataset on the hub. Raises
     InputError if there is no such file, or none of a kind that is read."""
-    if spec.partition(":")[0] == "chain" or not (spec.endswith(ENDINGS) or spec.startswith(("/", ".", "~"))
+    name, _, size = spec.partition(":")
+    if name == "chain" and size and not size.isdigit():
+        raise InputError(f"{spec}: the size of the built-in task must be a number, as in chain:1280")
+    if name == "chain" or not (spec.endswith(ENDINGS) or spec.startswith(("/", ".", "~"))
                                                  or Path(spec).exists() or "/" not in spec):
         return None
     path = Path(spec).expanduser()
@@ -118,7 +123,10 @@ def file_rows(path):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    text = data.decode("utf-8-sig", errors="replace")  # -sig: without the mark that Windows puts first
+    try:
+        text = data.decode("utf-8-sig")  # -sig: without the mark that Windows puts first
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it in this encoding") from None
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows}[kind](path, text)
 

@@ -392,6 +392,9 @@ def sample_tokens(logits, temperatures, top_p, top_k, uniform):
     # Inverse transform sampling: the first token at which the cumulative probability
     # exceeds the random number.
     cumulated = logprobs.double().exp().cumsum(-1)
+    if not cumulated[:, -1].isfinite().all():
+        raise InputError("the policy's probabilities are no numbers any more: training has diverged; lower "
+                         "--lr")
     drawn = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
     tokens = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]

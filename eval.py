@@ -165,21 +165,29 @@ class RolloutFile:
     """
 
     def __init__(self, path, settings):
-        """All ranks. Raises InputError if the file holds an evaluation with other settings."""
+        """All ranks. Raises InputError if the file holds an evaluation with other settings, or something
+        else: it is not changed then."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("ab", buffering=0)
-        if is_main():
-            whole = self.path.read_bytes().rfind(b"\n") + 1
-            self.file.truncate(whole)  # a last line without an end was being written when it was stopped
-            if not whole:
-                self.write(settings)
-        dist.barrier()
-        before, self.done = read_rollouts(self.path)
+        there = self.path.read_bytes() if self.path.exists() else b""
+        whole = there.rfind(b"\n") + 1  # a last line without an end was being written when it was stopped
+        before, self.done = read_rollouts(self.path) if whole else (settings, {})
+        summary = self.path.with_suffix(".json")
+        if not whole and not json.dumps(settings).encode().startswith(there):
+            raise InputError(f"{path}: was not written by eval.py; give another --output")
+        if not there and summary.exists():
+            raise InputError(f"{summary}: would be overwritten; give another --output")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise InputError(f"{path}: holds an evaluation with {name} {before.get(name)!r}, and this "
                                  f"one has {value!r}; give another --output, or delete that file")
+        dist.barrier()  # all have read it
+        self.file = self.path.open("ab", buffering=0)
+        if is_main():
+            self.file.truncate(whole)
+            if not whole:
+                self.write(settings)
+        dist.barrier()
 
     def write(self, line):
         self.file.write(json.dumps(line).encode() + b"\n")
@@ -251,13 +259,15 @@ class EvalConfig(CommandLine):
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
-    suffix: str = option(BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)")
-    seed: int = option(0, "seed for sampling")
+    suffix: str = option(BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)",
+                         empty=True)
+    seed: int = option(0, "seed for sampling", most=2**63 - 1)
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
     vllm_memory: float = option(0.9, "vLLM's share of a GPU's memory", most=1)
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 if the hardware has it")
-    reward_timeout: float = option(1.0, "processor seconds until a verification scores 0", positive=True)
+    reward_timeout: float = option(
+        1.0, "processor seconds (ten times that on the clock) until a verification scores 0", positive=True)
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
     # As in sppo.py: what the model of a run does not bring along.

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from cli import InputError, is_main
 
@@ -173,15 +174,19 @@ def load(auto, model, trust_remote_code):
     `ShardedModel` distributes the weights. Raises InputError if weights and model do not belong together."""
     module, problem, tied = None, None, True
     if dist.get_rank() == 0:
-        module, found = getattr(transformers(), auto).from_pretrained(
-            model, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, attn_implementation=attention_of(
-                transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)))
+        found = {"missing_keys": (), "unexpected_keys": ()}
+        try:
+            module, found = getattr(transformers(), auto).from_pretrained(
+                model, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code,
+                output_loading_info=True, attn_implementation=attention_of(
+                    transformers().AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)))
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read ({first_line(error)})"
         if found["missing_keys"]:  # transformers has made random ones
             problem = f"lacks {min(found['missing_keys'])}"
         elif found["unexpected_keys"] and auto == "AutoModelForCausalLM":  # a critic needs no output layer
             problem = f"has {min(found['unexpected_keys'])}, which {type(module).__name__} does not"
-        head = module.get_output_embeddings()
+        head = module and module.get_output_embeddings()
         if head is not None and head.weight is not module.get_input_embeddings().weight:
             tied = False
             module.config.tie_word_embeddings = module.config.get_text_config().tie_word_embeddings = False

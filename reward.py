@@ -15,6 +15,7 @@ This file needs nothing of the others: copy it, or paste all of it into a script
 """
 import contextlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -535,10 +536,11 @@ class Verifier:
             return verdict
         self.timeouts += verdict == "timeout"
         self.crashes += verdict == "crash"
-        if verdict not in ("timeout", "crash"):
-            self.errors += 1
-            if self.errors == 1:
-                print(f"{self.reward}: {verdict}; the reward is 0 (see reward/errors)", file=sys.stderr)
+        self.errors += verdict not in ("timeout", "crash")
+        if self.reward and self.timeouts + self.crashes + self.errors == 1:
+            why = {"timeout": f"it took more than {self.timeout:g} s", "crash": "its process died"}
+            print(f"{self.reward}: {why.get(verdict, verdict)}; the reward is 0 (see reward/timeouts, "
+                  "reward/crashes, reward/errors)", file=sys.stderr)
         return 0.0
 
     def close(self):
@@ -554,11 +556,16 @@ class Verifier:
 def _load(reward):
     """The function of "FILE.py:FUNCTION"."""
     path, _, name = reward.rpartition(":")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path!r}")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours,
+    sys.modules.pop(__name__, None)  # also one of the same name as this file
     spec = importlib.util.spec_from_file_location("reward_of_ones_own", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, name)
+    function = getattr(module, name)
+    inspect.signature(function).bind("response", "answer")  # raises TypeError if it takes others
+    return function
 
 
 def _work(timeout, reward):
@@ -614,7 +621,7 @@ def _serve(functions, timeout, replies):
         signal.setitimer(signal.ITIMER_REAL, timeout * PATIENCE)
         try:
             verdict = functions[name](*arguments)
-            if not 0 <= float(verdict) <= 1:
+            if isinstance(verdict, str) or not 0 <= float(verdict) <= 1:
                 raise ValueError(f"it returned {verdict!r}, and not a number from 0 to 1")
             verdict = float(verdict)
         except BaseException as error:  # sympy raises many kinds on hostile text: that is no right answer

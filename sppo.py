@@ -209,6 +209,15 @@ class SPPO(Baseline):
         return self.critic.logits(self.critic.encode(problems)).tolist()
 
 
+def checked(advantages, baseline, batch):
+    """What `baseline` gave, without gradient. Raises InputError if it does not fit the batch."""
+    shape = getattr(advantages, "shape", type(advantages).__name__)
+    if shape not in (batch.rewards.shape, batch.mask.shape):
+        raise InputError(f"{type(baseline).__name__}.advantages gave {shape}; it must give a tensor of "
+                         f"{batch.rewards.shape} or {batch.mask.shape}")
+    return advantages.detach()
+
+
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def training_loop(run, baseline, log, last_step):
@@ -243,7 +252,7 @@ def training_loop(run, baseline, log, last_step):
 
         # 3. The advantage: the reward minus the baseline.
         with clock("critic"):
-            advantages = baseline.advantages(batch)
+            advantages = checked(baseline.advantages(batch), baseline, batch)
 
         # 4. One epoch of clipped policy steps. In the first --critic-warmup steps, only the critic learns.
         rows, updates = range(len(batch.responses)), []
@@ -363,6 +372,7 @@ def run_training(c, make_baseline, closing):
     policy.check_saving(tokenizer)
     run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device), closing)
     baseline = make_baseline(run)
+    checkpoint.check_state(baseline)
     # The engine comes last: on a GPU it takes what the models leave free, as it will when they have trained.
     run.engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
     closing.callback(run.engine.close)  # before the process group, which vLLM may end itself

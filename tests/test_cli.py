@@ -65,6 +65,14 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     for resume in (False, True):
         with pytest.raises(InputError, match="holds a finished run without checkpoints; give another --output .* --model"):
             check_output(run, resume)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.3}\n')
+    check_output(killed, resume=False)  # there is nothing to lose yet
+    (killed / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.3}\n{"step": 1, "reward": 0.5}\n')
+    check_output(killed, resume=True)
+    with pytest.raises(InputError, match="was stopped before its first checkpoint; give another --output, or --resume"):
+        check_output(killed, resume=False)
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     check_output(run, resume=True)
     with pytest.raises(InputError, match="holds checkpoints of a run; give --resume or another --output .*more --steps"):
@@ -92,9 +100,25 @@ def test_bad_options_are_one_clear_sentence(arguments, message, capsys):
     assert message in complaint(lambda a: TrainConfig.parse("", a).check(), arguments, capsys)
 
 
-def test_a_bad_choice_from_python():
-    with pytest.raises(InputError, match="--engine vlm: must be one of auto, vllm, transformers"):
-        CommandLine.check(TrainConfig(engine="vlm"))
+@pytest.mark.parametrize("options, message", [
+    (dict(engine="vlm"), "--engine vlm: must be one of auto, vllm, transformers"), (dict(steps="2"), "--steps '2': must be a whole number"),
+    (dict(steps=2.0), "--steps 2.0: must be a whole number"), (dict(lr="1e-4"), "--lr '1e-4': must be a number"),
+    (dict(resume=1), "--resume 1: must be True or False"), (dict(lr=True), "--lr True: must be a number"),
+    (dict(eval_benchmarks="chain"), "--eval-benchmarks 'chain': must be a list of texts"), (dict(output=""), "--output: is empty"),
+    (dict(seed=2**70), "must be 0 or more and at most 9223372036854775807")])
+def test_bad_values_from_python(options, message):
+    with pytest.raises(InputError) as error:
+        CommandLine.check(TrainConfig(**options))
+    assert message in str(error.value)
+
+
+def test_natural_values_from_python(tmp_path):
+    config = TrainConfig(output=tmp_path, dataset=tmp_path / "x.csv", eval_benchmarks=["chain"], samples=4, lr=1, suffix="", reward="",
+                         critic_model=finished_run(tmp_path / "critic"))
+    CommandLine.check(config)
+    assert (config.output, config.eval_benchmarks, config.samples) == (str(tmp_path), ("chain",), "4")
+    assert (config.suffix, config.reward, config.critic_model) == ("", None, f"{tmp_path}/critic/model")
+    json.dumps(dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize("width", [70, 140])

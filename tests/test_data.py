@@ -86,11 +86,13 @@ def test_what_a_run_holds_out_is_read_again(tmp_path):
     ("FOLDER", "is a folder; give a file that ends with .jsonl"), ("FOLDER/x.tsv", "is of a kind that is not read; give a file that ends"),
     ("FOLDER/x.json", "is a dict, not a list"), ("FOLDER/y.json", "an object a line is .jsonl"), ("FOLDER/x.gz.jsonl.gz", "cannot be read"),
     ("FOLDER/x.csv", "row 1: has no problem; it has the fields a, b"), ("chain:10000000", "the built-in task has 8800 rows"),
+    ("chain:many", "must be a number, as in chain:1280"), ("FOLDER/latin.csv", "is not UTF-8 (byte 16)"),
     ("FOLDER/list.jsonl", "row 1: its answer is a list; give text or a number")])
 def test_what_is_no_file_of_problems_is_named(tmp_path, spec, message):
     for name, text in {"x.tsv": "", "x.json": "{}", "y.json": "{}\n{}", "x.gz.jsonl.gz": "text", "x.csv": "a,b\n1,2\n",
                        "list.jsonl": '{"problem": "1?", "answer": ["1"]}'}.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.csv").write_bytes("problem,answer\nné,1\n".encode("latin-1"))
     with pytest.raises(InputError) as error:
         load_problems(spec.replace("FOLDER", str(tmp_path)))
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -105,7 +107,11 @@ def test_the_boxed_suffix_is_added_once(tmp_path):
 def test_duplicates_are_dropped_aloud_and_ids_are_rows(tmp_path, capsys):
     rows = [{"problem": f"{i // 2}?", "answer": "2"} for i in range(6)]
     assert [p.id for p in load_problems(write(tmp_path / "x.jsonl", rows))] == [0, 2, 4]
-    assert "x.jsonl: dropped 3 of 6 rows, which repeat earlier ones" in capsys.readouterr().out
+    assert "x.jsonl: dropped 3 of 6 rows, which repeat earlier ones\n" in capsys.readouterr().out
+    # The policy cannot tell them apart, and one could be held out while the other is trained on.
+    rows = [{"problem": "1?", "answer": answer} for answer in "1221"]
+    assert [p.answer for p in load_problems(write(tmp_path / "x.jsonl", rows))] == ["1"]
+    assert "earlier ones (1 of them with another answer than the first, which is kept)" in capsys.readouterr().out
 
 
 def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, capsys):

@@ -173,6 +173,16 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
     assert len(read_rollouts(file)[1]) == 2  # nothing was lost
 
 
+@pytest.mark.parametrize("name, text, message", [
+    ("e.jsonl", '{"problem": "1?", "answer": "1"}\n{"problem": "2?"', "cannot be read"),
+    ("e.jsonl", '{"problem": "1?", "answer": "1"}', "was not written by eval.py"), ("e.json", "[]", "would be overwritten")])
+def test_a_file_that_is_no_evaluation_is_not_touched(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    done = run("eval.py", "--benchmarks", "chain", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
+
+
 def test_benchmarks_while_training_by_hand():
     """Two problems, of which one was solved once in two samples; one of four responses was cut off."""
     responses = [Response([1] * n, [-1.0] * n, n < 6) for n in (2, 6, 3, 5)]

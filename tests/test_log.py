@@ -4,7 +4,9 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, complaint, metrics, run
 
 import curves
@@ -101,6 +103,23 @@ def test_a_hopeless_run_says_so_once(tmp_path, capsys, reward, sentence):
     log.add({"reward": 0.5})
     log.write(9, 1.0)
     assert log.warned == set()
+
+
+def test_a_baselines_metrics_may_be_tensors_or_none(tmp_path):
+    log = Log(config(tmp_path))
+    log.add({"reward": 0.5}, None, {"tensor": torch.tensor(0.25), "numpy": np.float32(0.75)})
+    log.write(1, 1.0)
+    assert (log.line["tensor"], log.line["numpy"]) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize("metric", ["reward/errors", "reward/timeouts", "reward/crashes"])
+def test_verifications_that_fail_are_said(tmp_path, capsys, metric):
+    log = Log(config(tmp_path))
+    log.responses = 8  # in a step
+    for step, failed in enumerate((0, 8, 16, 17), 1):  # so far
+        log.add({"reward": 0.5, metric: failed})
+        log.write(step, 1.0)
+        assert ("most verifications of a step failed" in capsys.readouterr().out) == (step == 2)
 
 
 def test_the_first_line_has_the_gap_of_engine_and_trainer(tmp_path, capsys):

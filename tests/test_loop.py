@@ -1,19 +1,21 @@
 """The parts of the loop that every algorithm relies on, with a fake engine."""
 import random
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import inflight
+from checkpoint import Stop, check_state
 from cli import BUILTIN_MODEL, InputError
 from data import Problem, load_problems, load_tokenizer
 from engines import Response
 from inflight import InFlight
 from log import Clock
 from rollout import Sampler
-from sppo import Baseline, TrainConfig
+from sppo import Baseline, TrainConfig, checked
 
 
 def test_every_problem_comes_once_an_epoch_in_a_new_order():
@@ -155,3 +157,26 @@ def test_what_is_in_flight_survives_a_checkpoint(monkeypatch):
     run.steps(1, 2)
     with pytest.raises(InputError, match="which the dataset lacks"):
         resumed.in_flight.load_state_dict(run.in_flight.state_dict())
+
+
+def test_what_a_new_baseline_gives_is_checked():
+    class New(Baseline):
+        def state_dict(self):
+            return self.state
+
+    batch, new = SimpleNamespace(rewards=torch.zeros(4), mask=torch.ones(4, 7, dtype=torch.bool)), New(None)
+    for shape in (4,), (4, 7):
+        assert not checked(torch.zeros(shape, requires_grad=True) * 2, new, batch).requires_grad
+    for bad, said in (torch.zeros(4, 1), r"torch.Size\(\[4, 1\]\)"), ([0.0] * 4, "list"), (None, "NoneType"):
+        with pytest.raises(InputError, match=rf"New.advantages gave {said}; it must give a tensor of torch.Size\(\[4\]\)"):
+            checked(bad, new, batch)
+    for new.state in {}, {"mean": 0.5, "seen": [1, 2], "weights": torch.zeros(3)}:
+        check_state(new)
+    for new.state in {"mean": np.float32(0.5)}, {"net": {"weight": torch.zeros(3)}}:
+        with pytest.raises(InputError, match="New.state_dict: '(mean|net)' cannot be kept in a checkpoint"):
+            check_state(new)
+
+
+def test_training_in_a_thread_that_is_told_of_no_signals():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: Stop().__enter__().requested).result() == 0

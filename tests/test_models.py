@@ -266,3 +266,11 @@ def test_a_folder_with_the_weights_of_an_adapter_alone(tmp_path, capsys):
     (model / "model.safetensors").rename(model / "adapter_model.safetensors")
     assert "has no model.safetensors" in complaint(
         lambda a: TrainConfig.parse(None, a).check(), ["--model", model, "--max-response-tokens", "64", "--max-prompt-tokens", "64"], capsys)
+
+
+def test_weights_that_cannot_be_read(tmp_path):
+    model = variant(tmp_path / "model")
+    (model / "model.safetensors").write_text("junk")
+    for option in "--model", "--critic-model":
+        done = run("sppo.py", *SMALL, option, model, "--max-prompt-tokens", "64", "--output", tmp_path / "run")
+        assert done.returncode == 2 and "its checkpoint cannot be read" in done.stderr and "Traceback" not in done.stderr

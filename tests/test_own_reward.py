@@ -28,6 +28,9 @@ calls = 0
 def half(response, answer):
     return 0.5 * (str(answer) in response) + 0.5 * response.endswith("!")
 
+def one(response):
+    return 1.0
+
 def bad(response, answer):
     global calls
     calls += 1
@@ -40,7 +43,7 @@ def bad(response, answer):
     while response == "never":
         pass
     print("0.123")
-    return {"none": None, "nan": float("nan"), "two": 2.0, "text": "x", "calls": calls / 10, "yes": True}[response]
+    return {"none": None, "nan": float("nan"), "two": 2.0, "text": "1", "calls": calls / 10, "yes": True}[response]
 '''
 
 
@@ -66,11 +69,38 @@ def test_a_bad_function_costs_its_reward_and_is_counted(module, capfd):
     verifier.close()
     assert (verifier.errors, verifier.timeouts, verifier.crashes) == (6, 1, 1)
     said = capfd.readouterr().err
-    assert "own.py:bad: KeyError: 'no such key'; the reward is 0 (see reward/errors)" in said and said.count("\n") == 1
+    assert "own.py:bad: KeyError: 'no such key'; the reward is 0 (see reward/timeouts, " in said and said.count("\n") == 1
+
+
+def test_it_may_import_a_neighbour_called_reward_and_have_data_classes(tmp_path):
+    (tmp_path / "reward.py").write_text("def share(text):\n    return len(text) / 10\n")
+    (tmp_path / "own.py").write_text("""from __future__ import annotations
+import pickle
+from dataclasses import dataclass
+from reward import share
+
+@dataclass
+class Verdict:
+    share: float
+
+def half(response, answer):
+    return pickle.loads(pickle.dumps(Verdict(share(response)))).share
+""")
+    verifier = Verifier(1, reward=f"{tmp_path}/own.py:half")
+    assert verifier.score(["12345"], [""]) == [0.5] and not verifier.errors
+    verifier.close()
+
+
+def test_the_first_that_takes_too_long_is_said(module, capfd):
+    verifier = Verifier(1, timeout=0.2, reward=f"{module}:bad")
+    assert verifier.score(["never", "never"], ["", ""]) == [0.0, 0.0]
+    verifier.close()
+    said = capfd.readouterr().err
+    assert "own.py:bad: it took more than 0.2 s; the reward is 0" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("reward, message", [
-    ("no.py:f", "No such file"), ("{own}:absent", "has no attribute 'absent'"), ("{own}", "give FILE.py:FUNCTION"),
+    ("no.py:f", "there is no file 'no.py'"), ("f", "there is no file"), ("{own}:one", "too many positional"), ("{own}:absent", "has no attribute 'absent'"), ("{own}", "give FILE.py:FUNCTION"),
     ("{broken}:f", "ZeroDivisionError"), ("{exits}:f", "SystemExit")])
 def test_what_cannot_be_imported_is_one_sentence(module, reward, message):
     (module.parent / "broken.py").write_text("1 / 0")

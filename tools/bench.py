@@ -146,6 +146,7 @@ def step(arguments):
         random_model(c.shape, c.model)
     baselines = []
     shutil.rmtree(Path(c.output, "model"), ignore_errors=True)  # of an earlier measurement
+    Path(c.output, "metrics.jsonl").unlink(missing_ok=True)
     sppo.train(c, lambda run: baselines.append(MeasuredSPPO(run)) or baselines[0])
     measured, policy, device = baselines[0], baselines[0].run.policy, baselines[0].run.device
     lines = [json.loads(text) for text in (Path(c.output) / "metrics.jsonl").read_text().splitlines()][1:]

@@ -4,7 +4,7 @@
 
 The files are those that eval.py writes.
 """
-import sys
+import argparse
 from collections import Counter
 from itertools import groupby
 
@@ -70,11 +70,11 @@ def compare(first, second):
 
 
 def main(arguments=None):
-    files = sys.argv[1:] if arguments is None else arguments
-    if len(files) != 2 or "--help" in files:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("first", metavar="a.jsonl")
+    parser.add_argument("second", metavar="b.jsonl")
     with clear_errors():
-        compare(*files)
+        compare(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

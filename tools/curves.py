@@ -48,6 +48,8 @@ def main(arguments=None):
                 say(curves.draw(given.runs, given.output))
         except ImportError as error:
             raise InputError(f"{error}; pip install matplotlib") from None
+        except (OSError, ValueError) as error:  # there is no such folder, or no such kind of picture
+            raise InputError(f"--output {given.output}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def one_run(seed, responses, extra):
     config = RunConfig.parse("", [*own, "--eval-problems", str(HELD_OUT), "--seed", str(seed), *extra])
     config.eval_every, baselines = config.steps, []
     shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
+    Path(config.output, "metrics.jsonl").unlink(missing_ok=True)
     train(config, lambda run: baselines.append(Together(run, responses)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
