@@ -68,10 +68,13 @@ def of_control(runs):
         some = [run for run in runs if run["task"] == task and not run["setting"]]
         sppo, ppo = ([run for run in some if run["method"] == method] for method in ("SPPO", "PPO"))
         if sppo and ppo:
-            ends, others = map(final, sppo), [*map(final, ppo)]
-            end, other = statistics.mean(ends), statistics.mean(others)
-            here = f"SPPO {end:.2f}, PPO {other:.2f} (seeds: {len(sppo)})"
-            shortest = min(run["trajectories"] * len(run["success"]) for run in sppo)
+            end, others = statistics.mean(map(final, sppo)), [*map(final, ppo)]
+            shortest, theirs = (min(run["trajectories"] * len(run["success"]) for run in runs)
+                                for runs in (sppo, ppo))
+            here = f"SPPO {end:.2f}"
+            if theirs >= shortest:
+                here += f", PPO {statistics.mean(others):.2f}"
+            here += f" (seeds: {len(sppo)})"
             if end >= SOLVED:
                 fails = max(others) < 0.2 if ppo_does == "fails" else min(others) < SOLVED
                 verdict = "yes" if fails or not ppo_does else "partly"

@@ -12,9 +12,11 @@ What the ratio does not count: the 24 that are not there yet are dropped, and th
 policy hardly learns from long answers. sppo.py's --oversample lets them finish, and trains on each.
 
 The runs of --train tell what that gains. Their model is the built-in one, taught to add a row of dots after
-its answer, whose length is log-normal. They take turns, since machines are noisy.
+its answer, whose length is log-normal. "speed" has the learning rate 0, so that lengths stay what they are.
+The runs with and without --oversample take turns, since machines are noisy.
 """
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -29,7 +31,8 @@ from tools.race_results import pyplot, save
 DRAWS = 4000
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SETTINGS = {"waiting for all": [], "oversampling": ["--oversample", 1.5]}  # name: options
-STEPS, PROMPTS, SEEDS = 40, 64, 3
+RUNS = {"speed": (3, 10, 0), "learning": (1, 40, 1.5e-4)}  # seeds, steps, learning rate
+PROMPTS = 64  # per step
 
 
 def two_kinds(p, shape, random):
@@ -121,28 +124,30 @@ def make_rambling(folder):
 
 
 def train(runs="runs/stragglers"):
-    """Returns, for each of SETTINGS, what each seed reached: {name: [value of each seed]}."""
-    model, found = Path(runs, "model"), {name: [] for name in SETTINGS}
+    """What each seed reached: {kind of run and setting: {measure: [its value for each seed]}}."""
+    model, found = Path(runs, "model"), {}
     if not model.exists():
         make_rambling(model)
-    for seed in range(SEEDS):
-        for name, options in SETTINGS.items():
-            lines = metrics_of(Path(runs, f"{name.replace(' ', '-')}-{seed}"), [
+    for kind, (seeds, steps, lr) in RUNS.items():
+        for seed, (name, options) in itertools.product(range(seeds), SETTINGS.items()):
+            lines = metrics_of(Path(runs, f"{kind}-{name.replace(' ', '-')}-{seed}"), [
                 "sppo.py", "--model", model, "--engine", "vllm", "--dtype", "float32", "--temperature", 1,
-                "--steps", STEPS, "--prompts-per-step", PROMPTS, "--minibatch", PROMPTS // 2,
-                "--lr", 1.5e-4, "--critic-lr", 1e-3, "--clip-high", 0.28, "--old-logprobs", "rollout",
+                "--steps", steps, "--prompts-per-step", PROMPTS, "--minibatch", PROMPTS // 2,
+                "--lr", lr, "--critic-lr", 1e-3, "--clip-high", 0.28, "--old-logprobs", "rollout",
                 "--max-prompt-tokens", 64, "--max-response-tokens", 1050, "--no-checkpoint-activations",
-                "--save-every", 0, "--eval-every", STEPS, "--seed", seed, *options], ranks=2)
-            found[name].append({"responses/s": round(STEPS * PROMPTS / lines[-1]["seconds"], 1),
-                                "accuracy": round(lines[-1]["eval_accuracy"], 3),
-                                "tokens": round(statistics.mean(m["response_tokens"] for m in lines[1:]), 1)})
-            say(f"seed {seed}, {name}: {found[name][-1]}")
-    return {name: {key: [seed[key] for seed in seeds] for key in seeds[0]} for name, seeds in found.items()}
+                "--save-every", 0, "--eval-every", steps, "--seed", seed, *options], ranks=2)
+            reached = {"responses/s": round(steps * PROMPTS / lines[-1]["seconds"], 1),
+                       "accuracy": round(lines[-1]["eval_accuracy"], 3),
+                       "tokens": round(statistics.mean(m["response_tokens"] for m in lines[1:]), 1)}
+            for measure, value in reached.items():
+                found.setdefault(f"{kind}, {name}", {}).setdefault(measure, []).append(value)
+            say(f"{kind}, {name}, seed {seed}: {reached}")
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="40 steps, three seeds, two ranks: half an hour")
+    parser.add_argument("--train", action="store_true", help="eight runs on two ranks: 25 minutes")
     file, given = RESULTS / "stragglers.json", parser.parse_args()
     results = json.loads(file.read_text()) if file.exists() else {}
     if given.train:
