@@ -26,7 +26,7 @@ HOSTILE = [f"\\boxed{{{answer}}}" for answer in [
 
 @pytest.fixture(scope="module")
 def verifier():
-    verifier = Verifier(workers=2)
+    verifier = Verifier(workers=2, timeout=5.0)  # on a slow machine, too
     yield verifier
     verifier.close()
 
