@@ -134,4 +134,4 @@ def test_experiments_go_on_after_the_last_run_that_ended(short, monkeypatch, cap
 def test_the_table_has_the_end_of_each_run(short):
     runs = [dict(task="CartPole", method="SPPO", setting="", seed=seed, trajectories=8,
                  success=[0.25] * 18 + [end, end]) for seed, end in enumerate((0.5, 1.0))]
-    assert "| CartPole | 160 | 2 | 0.25 | 0.75 [0.50, 1.00] |  |" in experiments.table(runs)
+    assert "| CartPole | 160 | 2 | 0.25 | 0.75 [0.50, 1.00] |" in experiments.table(runs)

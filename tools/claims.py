@@ -71,10 +71,8 @@ def of_control(runs):
             end, others = statistics.mean(map(final, sppo)), [*map(final, ppo)]
             shortest, theirs = (min(run["trajectories"] * len(run["success"]) for run in runs)
                                 for runs in (sppo, ppo))
-            here = f"SPPO {end:.2f}"
-            if theirs >= shortest:
-                here += f", PPO {statistics.mean(others):.2f}"
-            here += f" (seeds: {len(sppo)})"
+            ppo_text = f", PPO {statistics.mean(others):.2f}" if theirs >= shortest else ""
+            here = f"SPPO {end:.2f}{ppo_text} (seeds: {len(sppo)})"
             if end >= SOLVED:
                 fails = max(others) < 0.2 if ppo_does == "fails" else min(others) < SOLVED
                 verdict = "yes" if fails or not ppo_does else "partly"

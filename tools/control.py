@@ -13,7 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.race_results import pyplot, save
+from tools.race_results import markdown, pyplot, save, smooth
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 METHODS = {"SPPO": ("-", "#08519c"), "PPO": ("--", "#d94801"), "PPO, not whitened": ("-.", "#fd8d3c"),
@@ -64,7 +64,7 @@ def final(run):
 
 def table(runs):
     """Markdown: the success at the end, mean and range over seeds, a row for each task and setting."""
-    rows = ["| task | trajectories | seeds | before | " + " | ".join(METHODS) + " |", "| --- " * 8 + "|"]
+    rows = []
     for name, setting in dict.fromkeys((run["task"], run["setting"]) for run in runs):
         some, cells = [run for run in runs if (run["task"], run["setting"]) == (name, setting)], []
         for method in METHODS:
@@ -74,8 +74,8 @@ def table(runs):
         number = " to ".join(f"{n:,}" for n in numbers)
         seeds, before = len({run["seed"] for run in some}), statistics.mean(run["success"][0] for run in some)
         title = f"{name}, {setting}" if setting else name
-        rows.append(f"| {title} | {number} | {seeds} | {before:.2f} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append((title, number, f"{seeds}", f"{before:.2f}", *cells))
+    return markdown(("task", "trajectories", "seeds", "before", *METHODS), rows)
 
 
 def draw(plt, runs):
@@ -87,7 +87,7 @@ def draw(plt, runs):
     for axes, name in zip(panels[0], names, strict=True):
         for method, (line, colour) in METHODS.items():
             some = [run for run in runs if (run["task"], run["method"]) == (name, method)]
-            columns = list(zip(*(smooth(run["success"]) for run in some), strict=False))  # to the shortest
+            columns = list(zip(*(smooth(run["success"], 5) for run in some), strict=False))  # to the shortest
             x = [some[0]["trajectories"] * (i + 1) for i in range(len(columns))] if some else []
             axes.plot(x, list(map(statistics.mean, columns)), line, color=colour, label=method)
             axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12,
@@ -97,11 +97,6 @@ def draw(plt, runs):
     panels[0][0].set_ylabel("share of successes")
     panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def smooth(values, width=5):
-    """The mean over the last `width` updates: eight trajectories are few."""
-    return [statistics.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
 def main():

@@ -37,9 +37,9 @@ def mean_of(values):
     return statistics.mean(v for v in values if v is not None)
 
 
-def smooth(accuracy):
-    """The mean of each evaluation and the WINDOW - 1 before it (fewer at the start)."""
-    return [statistics.mean(accuracy[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(accuracy))]
+def smooth(values, window=WINDOW):
+    """The mean of each value and the window - 1 before it (fewer at the start)."""
+    return [statistics.mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
 def at_end(run):
@@ -287,9 +287,6 @@ def draw(results, folder):
     if runs:
         figures["race"], axes = plt.subplots(figsize=(7, 3.8))
         draw_accuracy(axes, runs, names_in(runs), NAMED)
-    if of(runs, "GRPO") and of(runs, "GRPO")[0]["metrics"].get("group/all_right"):
-        figures["groups"], axes = plt.subplots(figsize=(5, 2.6))
-        draw_groups(axes, of(runs, "GRPO"))
     if {*FIRST} <= {*names_in(runs)}:
         figures["first"], axes = plt.subplots(figsize=(7, 3.4))
         draw_accuracy(axes, runs, FIRST, FIRST, TARGET)
@@ -335,10 +332,6 @@ def draw_accuracy(axes, runs, names, named, target=None):
         axes.text(1, target, f"{target} ", ha="right", va="bottom", fontsize=8,
                   transform=axes.get_yaxis_transform())
     axes.set(ylabel="accuracy on held-out problems", ylim=(None, 1))
-    over_responses(axes)
-
-
-def over_responses(axes):
     axes.set(xlabel="responses sampled", xlim=(0, None))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
 
@@ -385,16 +378,3 @@ def draw_variances(axes, runs):
     axes.set_title("variance of A: grey is noise, green the\nbaseline's error, black what was measured",
                    loc="left", fontsize=9)
     axes.grid(axis="x", visible=False)
-
-
-def draw_groups(axes, runs):
-    """The share of GRPO's groups without gradient, as training goes on."""
-    for key, name, line in (("all_right", "all right: too easy", "-"),
-                            ("all_wrong", "all wrong: too hard", "--")):
-        rows = [run["metrics"][f"group/{key}"] for run in runs]
-        steps = len(rows[0])
-        x = [runs[0]["responses"][-1] * (step + 1) / steps for step in range(steps)]
-        _, end, _ = band(axes, x, rows, STYLES["GRPO"][1], line)
-        axes.text(x[-1], end + 0.05, name, ha="right", color=STYLES["GRPO"][1], fontsize=8.5)
-    axes.set(ylabel=f"share of the groups of {GROUP}", ylim=(0, 1))
-    over_responses(axes)

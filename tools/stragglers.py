@@ -153,9 +153,6 @@ def main():
     if given.train:
         with clear_errors():
             results["runs"] = train()
-    for name, values in results.get("runs", {}).items():
-        say(f"{name}: " + ", ".join(f"{statistics.mean(seeds):g} {key} [{min(seeds)}, {max(seeds)}]"
-                                    for key, seeds in values.items()))
     random, ratios = np.random.default_rng(1), {}  # {p: the 10th, 50th and 90th percentile}
     for p in (0.05, 0.1, 0.15, 0.3, 0.5):
         draws = ratio(two_kinds(p, (20_000, 6, 8), random), 24)
