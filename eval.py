@@ -176,7 +176,7 @@ class RolloutFile:
         if not whole and not json.dumps(settings).encode().startswith(there):
             raise InputError(f"{path}: was not written by eval.py; give another --output")
         if not there and summary.exists():
-            raise InputError(f"{summary}: would be overwritten; give another --output")
+            raise InputError(f"{summary}: would be overwritten; delete it, or give another --output")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise InputError(f"{path}: holds an evaluation with {name} {before.get(name)!r}, and this "

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run
+from conftest import complaint, run
 
 import checkpoint
 import engines
@@ -309,6 +309,12 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
         gpu.main([])
     error = capsys.readouterr().err
     assert end.value.code == 2 and "there is no GPU that torch can use" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("parts, message", [("race", "also give --model"), ("rice", "must be of versions, demo")])
+def test_parts_that_cannot_be_run(parts, message, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    assert message in complaint(gpu.main, ["--parts", parts], capsys)
 
 
 def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch, capsys):

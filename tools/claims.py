@@ -69,8 +69,8 @@ def of_control(runs):
         sppo, ppo = ([run for run in some if run["method"] == method] for method in ("SPPO", "PPO"))
         if sppo and ppo:
             end, others = statistics.mean(map(final, sppo)), [*map(final, ppo)]
-            shortest, theirs = (min(run["trajectories"] * len(run["success"]) for run in runs)
-                                for runs in (sppo, ppo))
+            shortest, theirs = (min(run["trajectories"] * len(run["success"]) for run in seeds)
+                                for seeds in (sppo, ppo))
             ppo_text = f", PPO {statistics.mean(others):.2f}" if theirs >= shortest else ""
             here = f"SPPO {end:.2f}{ppo_text} (seeds: {len(sppo)})"
             if end >= SOLVED:

@@ -26,7 +26,7 @@ VARIATIONS = {
     "lr 3e-3": ({}, dict(lr=3e-3), {}), "clone at 0.02": ({}, {}, dict(target=0.02))}
 # (task, updates, seeds, variations, methods). The paper has 312 updates of CartPole, 1,250 of MountainCar,
 # 2,500 of Hopper, 1,875 of LunarLander and 2,500 of Pendulum. Here MountainCar is flat after 40, and the
-# others are cut short, because an update takes seconds and Hopper's clone an hour.
+# others are cut short, because an update of theirs takes seconds.
 PLAN = [("MountainCar", 40, range(3), [""], METHODS), ("CartPole", 312, range(3), [""], METHODS),
         ("MountainCar", 40, range(3), VARIATIONS, ["PPO"]),
         ("MountainCar", 40, range(3), ["lr 3e-3", "clone at 0.02"], ["SPPO"]),

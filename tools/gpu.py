@@ -102,6 +102,8 @@ def main(arguments=None):
             raise InputError("there is no GPU that torch can use; `--dry` goes through all parts on a CPU")
         if not {*c.parts} <= PARTS.keys():
             raise InputError(f"--parts {' '.join(c.parts)}: must be of {', '.join(PARTS)}")
+        if "race" in c.parts and not (c.model or c.dry):
+            raise InputError("--parts race: also give --model, a small chat model, and --dataset")
         output, end, record, page = Path(c.output), time.time() + SECONDS, {}, ""
         output.mkdir(parents=True, exist_ok=True)
         for name in c.parts or [name for name in PARTS if name != "race" or c.model or c.dry]:
