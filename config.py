@@ -14,11 +14,11 @@ from policy import check_output_layer
 @dataclass
 class TrainConfig(CommandLine):
     """The options of every training script. Algorithms add theirs in a subclass."""
-    model: str = option(BUILTIN_MODEL, "policy: a hub name, a folder or a run's [built-in]",
+    model: str = option(BUILTIN_MODEL, "policy: a hub name, a folder, or a run's folder [built-in]",
                         group="what to train on")
-    dataset: str = option("chain", "chain[:SIZE], FILE.{jsonl,json,csv,parquet}, or HUB/NAME[:SPLIT]")
+    dataset: str = option("chain", "built-in chain[:SIZE], FILE.{jsonl,json,csv,parquet} or HUB/NAME[:SPLIT]")
     prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
-    answer_field: str | None = option(None, "the answer's [answer, solution or ground_truth]")
+    answer_field: str | None = option(None, "the answer's field in a row [answer, solution or ground_truth]")
     output: str = option("runs/sppo", "folder for all that the run writes, with the trained model")
     critic_model: str | None = option(None, "model that the critic starts from [the policy's]")
     max_prompt_tokens: int = option(1024, "problems with longer prompts are dropped, with a message")
@@ -33,21 +33,23 @@ class TrainConfig(CommandLine):
     minibatch: int = option(128, "prompts, with all their samples, in one optimiser step", positive=True)
     critic_minibatch: int = option(0, "prompts in one optimiser step of the critic (0: as --minibatch)")
     lr: float = option(1e-6, "learning rate of the policy")
-    lr_decay: float = option(0.0, "the last share of the steps, over which --lr falls towards 0", most=1)
+    lr_decay: float = option(0.0, "--lr falls towards 0 over this last share of the steps", most=1)
     critic_lr: float = option(5e-6, "learning rate of the critic")
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (0: not at all)")
-    clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
-    clip_high: float = option(0.2, "the ratio is clipped above 1 + this")
+    clip_low: float = option(0.2, "the ratio's lower bound is 1 - this")
+    clip_high: float = option(0.2, "the ratio's upper bound is 1 + this")
     dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
     loss_mean: Literal["token", "sequence"] = option("token", "each token weighs the same, or each response")
-    old_logprobs: Literal["policy", "rollout"] = option("policy", "pi_old: recomputed, or the engine's: free")
+    old_logprobs: Literal["policy", "rollout"] = option(
+        "policy", "pi_old: computed anew, or the engine's, which saves a forward")
     rollout_correction: float = option(
         0.0, "weigh tokens by pi_old / pi_rollout, at most this, say 2: for the engine's rounding (0: no)")
     seed: int = option(0, "seed for data order and sampling", most=2**63 - 1)
 
-    temperature: float = option(0.6, "of sampling, and of the ratio", group="sampling", positive=True)
+    temperature: float = option(
+        0.6, "of sampling; the ratio's logits are divided by it too", group="sampling", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto is vllm where it is installed")
     tensor_parallel: int = option(1, "neighbouring ranks that share one vLLM engine", positive=True)
     vllm_memory: float | None = option(
@@ -69,9 +71,9 @@ class TrainConfig(CommandLine):
     eval_samples: int = option(1, "responses per problem of a benchmark", positive=True)
     save_every: int = option(20, "steps between checkpoints (0: only when the run is asked to stop)")
     resume: bool = option(False, "continue from the newest checkpoint in --output, if there is one")
-    samples: str = option("8", "first responses of each step that samples.jsonl gets: a number, or all")
+    samples: str = option("8", "responses of each step to save in samples.jsonl: a number, or all")
     tensorboard: bool = option(False, "also write metrics and samples for TensorBoard")
-    wandb: str | None = option(None, "also send them to this project at Weights & Biases")
+    wandb: str | None = option(None, "also send metrics and samples to this project at Weights & Biases")
     deterministic: bool = option(False, "the same command gives the same numbers on the same CPU; slower")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     explain: bool = option(False, "train one step, and tell all that happens to two of its prompts")
@@ -105,6 +107,9 @@ class TrainConfig(CommandLine):
                              f"--rollout-correction {self.rollout_correction}")
         if self.rollout_correction and self.explain:
             raise InputError("--explain does not tell what --rollout-correction changes; leave one out")
+        if self.eval_benchmarks and not self.eval_every:
+            raise InputError(f"--eval-benchmarks {' '.join(self.eval_benchmarks)}: --eval-every 0 never "
+                             "evaluates; leave one of them out")
         if not str(self.samples).isdigit() and self.samples != "all":
             raise InputError(f"--samples {self.samples}: must be a number, or all")
         for package, wanted in (("tensorboard", self.tensorboard), ("wandb", self.wandb)):

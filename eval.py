@@ -250,7 +250,7 @@ class EvalConfig(CommandLine):
         f"any of {', '.join(BENCHMARKS)}, chain (built in), or what --dataset of sppo.py takes "
         "[a run's model: what the run held out]")
     prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
-    answer_field: str | None = option(None, "the answer's [answer, solution or ground_truth]")
+    answer_field: str | None = option(None, "the answer's field in a row [answer, solution or ground_truth]")
     output: str | None = option(None, "file of responses, continued if it exists [runs/eval/MODEL.jsonl]")
     samples: int = option(16, "responses per problem: the k of avg@k", group="sampling", positive=True)
     temperature: float = option(TEMPERATURE, "sampling temperature; 0 is greedy")

@@ -141,7 +141,7 @@ class Log:
         # warned: the warnings that hold now, so that each is printed once
         self.config, self.step, self.metrics, self.warned = config, resumed_after, {}, set()
         self.first, self.last = None, None  # the first evaluation's metrics, the last one's Batch
-        self.failed, self.responses = 0, 0  # verifications, so far; responses of the last step
+        self.responses = 0  # of the last step
         self.samples, self.line = [], {}  # of the present step; what metrics.jsonl says of the last one
         self.columns = FIRST_COLUMNS
         if not is_main():
@@ -267,7 +267,6 @@ class Log:
         # Below 0.02, a gap of one part in fifty of a probability, it is rounding, whatever the first was.
         grown = gap > max(0.02, 5 * self.gaps[0]) if self.gaps else False
         failed = sum(line.get(f"reward/{why}", 0) for why in ("timeouts", "crashes", "errors"))
-        failed_now, self.failed = failed - self.failed, failed
         last = self.rewards[-HOPELESS:] if len(self.rewards) >= HOPELESS else [0.5]
         warnings = {f"nearly all responses were cut off by --max-response-tokens {limit} and earn nothing: "
                     "it is too low, or the policy never stops": cut_off > 0.9,
@@ -277,7 +276,7 @@ class Log:
                     "an update was not finite and was skipped": skipped,
                     "most verifications of a step failed, and their responses earned 0 whatever they said "
                     "(reward/timeouts, reward/crashes, reward/errors)":
-                        failed_now > self.responses / 2,
+                        failed > self.responses / 2,
                     f"no response of the last {HOPELESS} steps earned anything, so nothing can be learned. "
                     f"Look at the responses in {self.config.output}/samples.jsonl: is the answer in the form "
                     "that --answer asks for, do they end within --max-response-tokens, and is any of these "

@@ -34,6 +34,7 @@ MAX_WORKER_BYTES = 4 << 30  # data of a worker: an answer must not eat the machi
 PATIENCE = 10  # wall-clock limit: this many times the limit of processor time
 IMPORT_SECONDS = 300  # until a worker must have imported everything, on the clock
 DIGITS = 1000  # to which numbers are compared: 1 - 2^{-2019} is not 1 - 2^{-2020}
+POINTS = 6, 13, 2, 9, 11  # of variables: each two of them are in both orders at some point
 PLACEHOLDERS = ("proof", "notfound")  # NuminaMath's gold answers where a solution has none: no answer earns
 WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
 WARM_UP = (r"x^{2}+3", "1.5", r"\sqrt{2}", r"\{1,2\}", "(1,2)", "x=1", "1<x<2", r"2\sin(x)", "y=2x+1", "f(x)")
@@ -114,31 +115,37 @@ def extract_answer(response, mode="boxed"):
 _SAME = {name: form for form, names in [  # what becomes of a command, or of a sign
     # It changes only the look.
     ("", "left right big Big bigl bigr Bigl Bigr displaystyle textstyle large Large bf rm limits "
-         "mathbf boldsymbol bm underline boxed fbox \u200b"),
+         "mathbf boldsymbol bm underline boxed fbox checkmark \u200b"),
     (" ", "quad qquad newline"),
     # Its argument is upright text.
     (r"\text", "mbox mathrm textbf textit textrm textsf texttt textnormal emph operatorname"),
     # It has the same meaning as another one.
-    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\sqrt ", "√"), ("^", "**"), ("-", "− – — ‐"),
+    (r"\frac", "dfrac tfrac cfrac nicefrac sfrac"), (r"\binom", "dbinom tbinom"), (r"\log_{10} ", "lg"),
+    ("^", "**"), ("-", "− – — ‐"), (":", "colon"),
     (r"\times ", "×"), (r"\cdot ", "* · ⋅"), ("/", "div ÷ ⁄"), (r"\pm ", "±"), (r"\infty ", "infinity inf ∞"),
     ("<", "lt"), (">", "gt"), (r"\le ", "leq leqslant <= ≤"), (r"\ge ", "geq geqslant >= ≥"),
     ("=", "equiv ≡"), (r"\ne ", "neq != ≠"), (r"\approx ", "≈"), (r"\to ", "→"), (r"\pmod ", "mod bmod"),
     ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (r"\emptyset ", "varnothing ∅"),
     (r"\in ", "∈"), (r"\cup ", "∪"), (" or ", "lor vee"), (" and ", "land wedge"), (r"\mathbb{R}", "R"),
     (",", "、"), (r"\angle ", "∠"), (r"\ldots ", "dots cdots dotsc ..."), (r"^\circ ", "degree deg °"),
+    (r"\epsilon ", "varepsilon"), (r"\phi ", "varphi"), (r"\theta ", "vartheta"),
     # The parser does not know it as a letter.
     ("h_{bar}", "hbar")] for name in names.split()}
 
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
 _INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # what may stand in braces, with up to two levels in it
-# A unit outside of \text{}: single letters are variables, and other short words are products, as is mg after
-# a formula.
-_UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|kg|(?<!\})(?<!\} )mg|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|"
-         r"M?Hz|k?Pa|kJ|USD|[ap]\.m|(?!sqrt|frac)[a-zA-Z]{4,})(?![a-zA-Z])")
-# A unit in \text{}. It has no verb and no condition, as in 7 \text{ is wrong} or 7 \text{ if } x > 0.
-_UNIT_TEXT = (r"(?:\s*(?:/|\\cdot)?\s*\\text\s*\{(?![^{}]*\b(?:is|are|was|not|plus|minus|if|when|unless|"
-              r"than|but|except)\b)(?:[^{}\d]|\{[^{}]*\})*\})+")
+# Words that are no unit: a verb, a condition, what changes a number. 7 \text{ is wrong}, 7 \text{ if } x > 0.
+_NO_UNIT = (r"(?:is|are|was|not|plus|minus|if|when|unless|than|but|except|least|most|hundred|dozen|squared|"
+            r"cubed|factorial|tenths?)\b")
+# A unit outside of \text{}: single letters are variables, and other short words are products, as is 2mg.
+_UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|kg|(?<=\d )mg|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|"
+         rf"M?Hz|k?Pa|kJ|USD|[ap]\.m|(?<=\s)\\Omega|(?!sqrt|frac|{_NO_UNIT})[a-zA-Z]{{4,}})(?![a-zA-Z])")
+# A unit in \text{}: \text{ kg}\cdot\text{m}^2.
+_UNIT_TEXT = (rf"(?:\s*(?:/|\\cdot|\\mu)?\s*\\text\s*\{{(?![^{{}}]*\b{_NO_UNIT})"
+              r"(?:[^{}\d]|\{[^{}]*\})*\}(?:\^\s*\{?-?\d\}?)?)+")
 _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern becomes, in this order
+    # A sign of equality in front, a backslash at the end: = 5.
+    (r"^\s*=|\\+\s*$", ""),
     # A list of one text is this text: ['2'].
     (r"^\[\s*(['\"])(.*)\1\s*\]$", r"\2"),
     # Spaces may group thousands: 1\,000\,000, 1 000 000. So may commas before a decimal point: 1,250.50.
@@ -146,6 +153,8 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"\{([,:])\}", r"\1"),
     (r"(?<![\d.])([1-9]\d{0,2})((?:(?:\\[,;: ]|~|\s)\d{3})+(?![\d/])|(?:,\d{3})+(?=\.\d))",
      lambda m: m[1] + re.sub(r"\D", "", m[2])),
+    # Space between the rows of a matrix: \\[4pt].
+    (r"\\\\\s*\[\s*[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),
     # Lines of an environment are a list, but one that begins with a relation continues the one above.
     (r"\\(begin|end)\s*\{array\}(?:\s*\{[^{}]*\})?", r"\\\1{matrix}"),
     (r"\\(?:begin|end)\s*\{(?:align|gather|equation|split|cases)[^{}]*\}", ""),
@@ -158,6 +167,8 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"\\!|\\(?=\\[a-zA-Z])(?!.*matrix)", ""),
     # Functions and infinity in plain words: 2pi, sqrt(3).
     (r"(?<![\\a-zA-Z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln|exp|inf(?:inity)?)(?![a-z])", r"\\\1 "),
+    (r"√\s*(\d[\d.]*)", r"\\sqrt{\1}"), ("√", r"\\sqrt "), ("∛", r"\\sqrt[3]"),
+    (r"(?i)\ball real(?: number)?s\b|\ball reals\b", r"\\mathbb{R}"),
     # Commands and signs: see above.
     (r"(?<!\\)\\([a-zA-Z]+)|\*\*|\.\.\.|[<>!]=|[^\x00-\x7f]|\*", lambda m: _SAME.get(m[1] or m[0], m[0])),
     # A text or braces around the whole answer say nothing, nor does a full stop: \text{5 apples}.
@@ -165,23 +176,29 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"(?<!\.)\.\s*$", ""),
     # A formula in a text is a formula: \text{H_2O}. So are upright constants and functions: \text{e}^2.
     (r"\\text\s*\{([^{}]*_[^{}]*|\s*(?:[deid]|arc\w+)\s*)\}", r" \1 "),
+    (r"\\text\s*\{\s*(max|min|gcd|lcm)\s*\}", r"\\\1"),
+    # 2(\frac{1}{3}) is a product, and no mixed number.
+    (r"(\d)\s*(?=\(\s*\\frac)", r"\1\\cdot "),
     # Brackets may do what braces do: \sqrt(2), x^(n+1), \max\{3, 5\}.
-    (r"(\\sqrt|\^)\s*\(([^()]*)\)", r"\1{\2}"),
+    (r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}"),
     (r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}", r"\\\1(\2)"),
     # Degrees and percent have one sign each.
     (r"\^\s*\{\s*\\circ\s*\}|\s*\bdegrees?\b", r"^\\circ "),
     (r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b|\\?%)", "%"),
-    # A power of ten: 4.5e33.
+    # A power of ten: 4.5e33, 4.5 x 10^33, 5 million.
     (r"(\d)\s*[eE]\s*([-+]?\d+)(?![\d.])", r"\1\\cdot 10^{\2}"),
-    # A decimal number with a period: 0.1\overline{6}, 0.333...
-    (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(\d+?)\4{2,}\d?\s*\\ldots)",
-     lambda m: _repeating("0" + m[1], m[2], m[3] or m[4])),
+    (r"(\d)\s*x\s*(?=10\s*\^)", r"\1\\cdot "),
+    (r"(\d)\s*(\\text\s*\{)?\s*(thousand|million|billion|trillion)\b", lambda m: rf"{m[1]}\cdot 10^"
+     rf"{{{dict(thousand=3, million=6, billion=9, trillion=12)[m[3]]}}} {m[2] or ''}"),
+    # A decimal number with a period: 0.1\overline{6}, 0.1(6), 0.333...
+    (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\)|(\d+?)\5{2,}\d?\s*\\ldots)",
+     lambda m: _repeating("0" + m[1], m[2], m[3] or m[4] or m[5])),
     # Arguments get their braces: \sqrt2, \frac12, 2^10, a_1; so do {1 \over 2} and {n \choose 2}.
     (rf"\\(frac|binom|vec|hat|bar|overline|sqrt)\s*(\[[^\]]*\])?\s*{_TOKEN}", r"\\\1\2{\3}"),
     (rf"(\\(?:frac|binom)\s*\{{{_INSIDE}\}})\s*{_TOKEN}", r"\1{\2}"),
     (r"(?:^|\{)([^{}]*)\\(over|choose)(?![a-z])([^{}]*)(?:\}|$)",
      lambda m: rf"\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}"),
-    (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w)", r"\1{\2}"),
+    (r"([_^])\s*(-?\d+(?:\.\d+)?|(?<=_)\w|(?<=\^)-[a-z])", r"\1{\2}"),
     # A name in a subscript is a name, upright or not: K_{\text{eq}}, x_{\max}. E alone would be 2.718.
     (r"_\{\s*\\(?:text\s*\{(\w+)\}|(max|min))\s*\}", r"_{\1\2}"),
     (r"(?<![a-zA-Z\\])E_\{", "A_{E"),
@@ -194,24 +211,37 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "),
     (r",?\s*(?i:(?<![a-z\\])and(?![a-z]))|[;和]", ","),
     (r",?\s*(?i:(?<![a-z\\])or(?![a-z]))|或", ",;"),
-    # A sentence that introduces the answer: The answer is 5, \text{Area} = 5.
-    (r"^(?:\\text\s*)?\{?[A-Za-z]{3}[A-Za-z ]*(?:\bis|\bare|[:=])\s*\}?|^\\text\s*\{[^{}\d]*\}\s*[:=]", ""),
-    # In a function, degrees count.
-    (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*[\d.]+)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
+    # A sentence that introduces the answer: The answer is 5, \text{Area} = 5. But words need their subject.
+    (r"^(?:\\text\s*)?\{?[A-Za-z]{3}[A-Za-z ,]*(?:\b(?:is|are)\b|[:=])\s*\}?(?!\\text|[ a-zA-Z]*$)|"
+     r"^\\text\s*\{[^{}\d]*\}\s*[:=]|^(?:\\text\s*\{)?"
+     r"(?i:(?:the |final |correct )*answer(?: is\b|:)|(?:this|that|it|there) (?:is|are)\b)", ""),
+    # An article, and the reason of a yes or a no.
+    (r"^((?:\\text\s*\{)?\s*)(?i:an?|the)\s+(?=[a-z]{3})", r"\1"),
+    (r"^(?:\\text\s*\{)?\s*((?i:yes|no))\s*[,.;:](?:\s*[^\s,]+){3}.*", r"\1"),
+    # In a function, degrees count; in a sum, they do not.
+    (r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d\})?\s*[({]?\s*[\d.]+)\s*\^\\circ",
+     r"\1\\cdot\\frac{\\pi}{180}"),
+    (r"\^\\circ(?=\s*[-+])", ""),
+    # A rounded value after the exact one is left out: \frac13 \approx 0.33. So is a name in front.
+    (r"^\s*(?:(?!\\pi|[ei]\b)\\?[a-zA-Z]+(?:_\{?\w+\}?)?\s*)?\\approx|"
+     rf"\s*\(?\s*\\approx\s*[\d.]+\s*%?(?:{_UNIT_TEXT})?\s*\)?$", ""),
     # After a number, a unit is dropped: 30^\circ C, 12^{\text{th}}, 5 cm^2, 6\pi \text{ cm}. An index is no
     # number: \text{H}_2\text{O}.
-    (r"((?:^|,)[^,]*(?<![\d_a-zA-Z])(?<!_\{)\d[^,]*?)(?:"
+    (r"((?:^|,)[^,]*?(?<![\d_a-zA-Z])(?<!_\{)\d[^,]*?)(?:"
      r"\s*\^\s*\\circ\s*(?:\\text[\s{]*)?[CFK]?[\s}]*|\s*\^?[\s{]*(?:\\text[\s{]*)?(?:st|nd|rd|th)\b[\s}]*|"
      rf"(?:{_UNIT_TEXT}|(?<=[\d}})\s])(?<![a-zA-Z]){_UNIT})(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", r"\1"),
-    # Two signs are two answers: 2 \pm \sqrt{3}.
+    # Two signs are two answers: \pm 1, \pm 2 and 2 \pm \sqrt{3}.
+    (r"(?:^|(?<=,))([^,()=]*)\\pm(?![a-z])((?:(?!\\pm)[^,()])*)(?=,[^,()]*\\pm)", r"\1+\2,\1-\2"),
     (r"^([^=]*=)?([^=]*?)\\pm(?![a-z])([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
     # A set is what its condition says: \{x | x > 1\}.
     (r"^\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]([^|:]*)\\\}$", r"\1"),
+    # That it holds for all x, or for any constant, is left out; a condition is not: \text{ for all } x > 0.
+    (r"(?<=\S)\s*,?\s*(?:\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}|\\forall)"
+     r"(?:(?!\\[gl]e|\\ne|[<>=]).)*$", ""),
     # That an index is whole, or another letter real, is left out: k\pi, k \in \mathbb{Z}.
     (r"(?<=\S)\s*(?:[,(]|\\text\s*\{\s*(?:where|with|for)\b[^{}]*\})\s*"
      r"(?:[jkmn]\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z|[a-zA-Z]\s*\\in\s*\\mathbb[\s{]*R)[\s})]*$", ""),
-    # A rounded value after the exact one is left out: \frac13 \approx 0.33. So is a sign or a word in front.
-    (r"^\s*(?:[a-zA-Z]\s*)?\\approx|(?<=[a-zA-Z}])\s*\\approx\s*[\d.]+$", ""),
+    # So is a word in front.
     (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
@@ -246,16 +276,19 @@ def clean(text):
 def plain(text):
     """A text as it is compared where it cannot be read: without spaces, fonts and braces, except those that
     separate, as in 1 2 and \\frac{1}{23}."""
-    text = re.sub(r"\\[{}]|[;\"'“”]|(?<!\d)\s|\s(?!\d)", "", clean(text))
+    text = re.sub(r"^'(.*)'$", r"\1", clean(text))  # a prime remains: f'
+    text = re.sub(r"\\[{}]|[;\"“”]|(?<!\d)\s|\s(?!\d)", "", text)
     return re.sub(r"\\text\{([^{}]*)\}|(?<![\w^}\]\\])\{([^{}]*)\}", r"\1\2", text).rstrip(".:,;")
 
 
 def choice(text):
     """The letter and the rest of a multiple-choice answer, such as `(C) 5` or `Option C`, or None."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", clean(text)).strip()
-    found = re.fullmatch(r"(?:(?i:option|choice)\s*)?(?:\(\s*([A-Z])\s*\)[.:]?|([A-Z])\s*(?:[.):]|$))\s*"
-                         r"(?![,/&+])(.*)", text, re.DOTALL)
-    return found and (found[1] or found[2], found[3])
+    found = re.fullmatch(r"(?:(?i:option|choice)\s*)?(?:[(\[]\s*([A-Z])\s*[)\]][.:]?|([A-Z])\s*(?:[.):]|$))"
+                         r"\s*(?![,/&+])(.*)", text, re.DOTALL)
+    if not found or re.search(r"\([A-Z]\)|\b[A-Z][.:)]", found[3]):  # no choice, or several
+        return None
+    return found[1] or found[2], found[3]
 
 
 # ---- is it equal to the gold answer? -----------------------------------------------------------------------
@@ -271,11 +304,14 @@ _KNOWN = {name for names in (
     "overline bar vec hat overrightarrow angle triangle ell alpha beta gamma Gamma delta Delta epsilon zeta",
     "varepsilon eta theta Theta kappa lambda Lambda mu nu xi Xi rho sigma Sigma tau phi Phi varphi chi psi",
     "Psi omega Omega") for name in names.split()}
-# What it would misread: nothing, two numbers side by side, a number with an index, a backslash before a sign,
-# other alphabets and signs, words.
-_UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|(?<!\\)\\(?![{}\\|])|[^\x00-\x7f]|[#?:~'\"@`]|[a-zA-Z]{4}")
+# What it would misread: nothing, two numbers side by side, a number with an index, a date, a backslash before
+# a sign, other alphabets and signs, words.
+_UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|\d{4}-\d\d-\d\d|(?<!\\)\\(?![{}\\|])|[^\x00-\x7f]|[#?:~'\"@`]|"
+                      r"[a-zA-Z]{4}")
 # Products of vectors and of matrices have an order, which is lost as soon as they are read. ^T is no power.
-_ORDERED = re.compile(r"\\(?:vec|mathbf|boldsymbol|bm|overrightarrow|hat)\w+\\times|\^T(?![a-z])|"
+# The gcd of letters would be 1.
+_ORDERED = re.compile(r"\\(?:gcd|lcm)\([^()]*[a-zA-Z]|"
+                      r"\\(?:vec|mathbf|boldsymbol|bm|overrightarrow|hat)\w+\\times|\^T(?![a-z])|"
                       r"[A-Z]\^-1(?:\\[a-z]+)?[A-Z]|[A-Z](?:\\[a-z]+)?[A-Z]\^-1")
 # A text of words has no digit, no operator and no LaTeX.
 _WORDS = re.compile(r"[^\W\d_][^\W\d_.,’-]*(?:[.,’-]*[^\W\d_]+)+")
@@ -309,6 +345,8 @@ def read(text):
         interpret_as_mixed_fractions=False, lowercase_symbols=False)}
     with contextlib.suppress(Exception):  # the parser raises many kinds
         value = solutions(latex2sympy(text.replace(";", ""), **options), ";" in text)
+        if hasattr(value, "as_explicit"):  # a product or a sum of matrices
+            value = value.as_explicit().doit()
         if any(d.doit() == 0 for d in value.atoms(sympy.Derivative)):
             return None  # dy/dt of an unknown y is not 0
         equations = value._unsorted_args if isinstance(value, And) else (value,)
@@ -337,15 +375,30 @@ def solutions(value, one_is_enough):
 
 
 def at_points(x, y):
-    """(x, y) at four points, or as they are if they have no variable. There j, k, m and n are whole numbers,
-    and i is the imaginary unit."""
-    from sympy import I, Rational
+    """(x, y) at some points, or as they are if they have no variable. There j, k, m and n are whole numbers,
+    and i is the imaginary unit. A point with negative numbers is left out if x or y has the square root or
+    logarithm of something negative there: \\sqrt{a}\\sqrt{b} is \\sqrt{ab} where both are defined."""
+    from sympy import I, Pow, Rational, log
     symbols = sorted(x.free_symbols | y.free_symbols, key=str)
-    for k in range(4 if symbols else 1):
-        whole = [(31 * n + 53 * k) % 13 + 5 for n in range(len(symbols))]
-        point = {s: I if s.name == "i" else n if s.name in "jkmn" else (-1) ** k * Rational(n * n + k, 37)
-                 for s, n in zip(symbols, whole, strict=True)}
-        yield x.subs(point).doit(), y.subs(point).doit()
+    arguments = [part.args[0] for part in x.atoms(Pow, log) | y.atoms(Pow, log) if part.args[0].free_symbols
+                 and (part.is_Function or not part.exp.is_Rational or part.exp.q % 2 == 0)]
+    for k in range(len(POINTS) if symbols else 1):
+        point = {}
+        for i, symbol in enumerate(symbols):
+            n = POINTS[(i + k) % len(POINTS)] + i // len(POINTS)  # no two of ten variables are the same
+            sign = 1 if k < 2 else -((-1) ** (i + k))
+            real = sign * Rational(n * n, 17)
+            point[symbol] = n if symbol.name in "jkmn" else I if symbol.name == "i" else real
+        if k < 2 or not any(argument.subs(point).is_negative for argument in arguments):
+            yield real_roots(x.subs(point).doit()), real_roots(y.subs(point).doit())
+
+
+def real_roots(value):
+    """A number in which odd roots of negative numbers are real: \\sqrt[3]{-8} is -2."""
+    def is_one(part):
+        odd_root = part.is_Pow and part.exp.is_Rational and part.exp.q % 2 == 1 < part.exp.q
+        return odd_root and part.base.is_negative
+    return value.replace(is_one, lambda part: (-1) ** part.exp.p * (-part.base) ** part.exp)
 
 
 def is_zero(value):
@@ -391,6 +444,15 @@ def different_kinds(a, b, texts):
         any("\\{" in text for text in texts) or any(getattr(x, "lhs", x).is_Symbol for x in (a, b)))
 
 
+def different_units(a, b):
+    """Whether both end with a short unit, and not with the same: 5 \\text{ cm} and 5 \\text{ m}. One may be
+    the beginning of the other, as in sec and s."""
+    found = [re.search(rf"\d.*?(?:\\(?:text|mathrm|mbox|textrm)[\s{{]*[a-zA-Z.]{{1,4}}[\s}}]*|"
+                       rf"(?<=[\d\s}}]){_UNIT})\.?$", text) for text in (a, b)]
+    units = [re.search(r"([a-zA-Z.]*)[\s}]*$", m[0])[1].casefold().replace(".", "") for m in found if m]
+    return len(units) == 2 and not (units[0].startswith(units[1]) or units[1].startswith(units[0]))
+
+
 def plain_number(text):
     """A number without LaTeX, as a Fraction; None for any other text."""
     return Fraction(text) if re.fullmatch(r"[+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?", text) else None
@@ -410,20 +472,40 @@ def equal(answer, gold):
     answer, gold = answer.strip(), gold.strip()
     if (known := equal_at_once(answer, gold)) is not None:
         return known
+    if different_units(answer, gold):
+        return False
     text, gold_text = plain(answer), plain(gold)
     words, gold_words = text.casefold(), gold_text.casefold()
     if gold_words in PLACEHOLDERS or text == gold_text != "":
         return gold_words not in PLACEHOLDERS
     chosen, given = choice(gold), choice(answer)
+    if chosen and given and chosen[0] != given[0]:
+        return False
     if chosen and (not chosen[1] or given and not given[1]):  # at least one is a letter alone
-        return given is not None and given[0] == chosen[0] or words == gold_words
+        return given is not None or words == gold_words
     if _WORDS.fullmatch(gold_words):  # a list has no order; and AB may be written A, B or (A), (B)
-        return (sorted(words.split(",")) == sorted(gold_words.split(","))
-                or re.sub("[(),]", "", words) == gold_words.replace(",", ""))
+        if (sorted(words.split(",")) == sorted(gold_words.split(","))
+                or re.sub("[(),]", "", words) == gold_words.replace(",", "")):
+            return True
+        if not re.search(r"[=^*+/\\]", text):  # else it may be a product of letters: W = mgh
+            return False
     gold = chosen[1] if chosen else gold
+    if same_formula(answer, gold) or given and given[1] and same_formula(given[1], gold):
+        return True
+    # A name that cannot be read: P(A|B) = 1/2. Two readings of 2e-1.
+    name, equals, value = answer.rpartition("=")
+    alone = "," not in re.sub(r"\([^()]*\)", "", name)
+    if alone and re.match(r"[\\#|a-zA-Z][^=]*$", name) and "=" not in gold:
+        return read(answer) is None and not getattr(read(name), "is_number", False) and equal(value, gold)
+    spaced = [re.sub(r"(\d)e([-+])(\d)", r"\1e \2 \3", text) for text in (answer, gold)]
+    return (spaced[0] == answer) != (spaced[1] == gold) and same_formula(*spaced)
+
+
+def same_formula(answer, gold):
+    """Equality of two answers that are no words."""
     a, b = read(gold), read(answer)
     if a is None or b is None:
-        return text == plain(gold)
+        return plain(answer) == plain(gold)
     texts = clean(gold), clean(answer)
     if different_kinds(a, b, texts) or all(re.fullmatch(r"\d+_\S+", text) for text in texts):
         return False  # or numbers to two bases

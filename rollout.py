@@ -80,6 +80,10 @@ class Sampler:
         self.random = random.Random()  # the same on every rank; seeded anew for each step: no state to save
         self.metrics = {}  # of the last call: how busy the engines were, and what the verifier gave up on
 
+    def failures(self):
+        """How many verifications have failed on this rank so far, by metric."""
+        return {f"reward/{name}": getattr(self.verifier, name) for name in ("timeouts", "crashes", "errors")}
+
     def prompt(self, problem):
         """The token ids that the policy reads before it writes."""
         return render(problem.messages, self.tokenizer)
@@ -119,7 +123,7 @@ class Sampler:
             wait_for = [n for n, j in enumerate(local) if j in wait_for]
             if not pause_after and not wait_for:
                 local = []
-        done = {}
+        done, before = {}, self.failures()
         with self.clock("rollout", len(local)):
             for n, response, _, reward in sample_and_verify(
                     self.engine, self.verifier, self.tokenizer, [prompts[j] for j in local],
@@ -131,8 +135,7 @@ class Sampler:
             done = {j: (response, None if response.paused else reward.result())
                     for j, (response, reward) in done.items()}
             parts = [None] * world
-            counts = {f"reward/{name}": getattr(self.verifier, name)
-                      for name in ("timeouts", "crashes", "errors")}
+            counts = {name: count - before[name] for name, count in self.failures().items()}
             dist.all_gather_object(parts, (done, counts))
         parts, counts = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
         done = {j: result for part in parts for j, result in part.items()}

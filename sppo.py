@@ -189,7 +189,7 @@ class SPPO(Baseline):
         self.critic.check_rows(model, c.max_prompt_tokens)
 
     def advantages(self, batch):
-        if not self.critic.updates:  # the first step. V becomes the mean of B rewards, one of them its own
+        if not self.critic.updates:  # the first step: V becomes the mean of these rewards, for every prompt
             self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)
         # From then on, V is that of before this step's update, which has not seen these rewards.
@@ -300,10 +300,9 @@ def policy_step(policy, batch, rows, advantages, config):
     # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards. If
     # none is left, one is kept, because every rank must come to the optimiser step.
     useful = [i for i in rows if advantages[i].any()] or rows[:1]
-    # Two divisors. Metrics are means over the tokens of `useful`. The loss is the mean over all tokens of the
-    # mini-batch, on all ranks, those left out too: `useful_share` turns the first into the second.
-    num_tokens = batch.mask[useful].sum()
-    useful_share = num_tokens / batch.mask[rows].sum()
+    # Metrics are means over the tokens of `useful`. The loss is the mean over all tokens of the mini-batch:
+    # those left out add nothing to it, but count.
+    useful_tokens, all_tokens = batch.mask[useful].sum(), batch.mask[rows].sum()
     for places in policy.micro_batches([sum(map(len, batch.sequences[i])) for i in useful]):
         micro = [useful[place] for place in places]  # numbers of responses
         logprobs, entropy = policy.forward([batch.sequences[i] for i in micro])  # [b, t], with gradient
@@ -318,15 +317,16 @@ def policy_step(policy, batch, rows, advantages, config):
             advantage = weights * (advantage if advantage.dim() == 2 else advantage[:, None])
         loss, metrics = clipped_policy_loss(logprobs, old, advantage, mask, clip_low=config.clip_low,
                                             clip_high=config.clip_high, dual_clip=config.dual_clip or None,
-                                            num_tokens=num_tokens)
-        metrics["entropy"] = (entropy * mask).sum() / num_tokens
+                                            num_tokens=useful_tokens)
+        metrics["entropy"] = (entropy * mask).sum() / useful_tokens
         # Both compute the same log-probabilities, so a gap larger than rounding is a bug. But with
         # --old-logprobs rollout, this also holds how far the policy has moved since the tokens were sampled.
         trainer = logprobs.detach() if config.old_logprobs == "rollout" else old
-        metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / num_tokens
+        metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / useful_tokens
         if config.rollout_correction:
-            metrics["rollout_truncated"] = ((weights == config.rollout_correction) * mask).sum() / num_tokens
-        policy.backward(loss * useful_share, metrics)
+            at_cap = weights == config.rollout_correction
+            metrics["rollout_truncated"] = (at_cap * mask).sum() / useful_tokens
+        policy.backward(loss * (useful_tokens / all_tokens), metrics)
     return {f"policy/{name}": value for name, value in policy.step().items()}
 
 

@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))  # sppo.py is in the folder above
 from ppo import gae, value_loss, whiten  # noqa: E402
 from sppo import clipped_policy_loss, sequence_advantages  # noqa: E402
 
-EPOCHS, MINIBATCHES = 4, 4  # each batch is used four times, in quarters: 16 optimiser steps
+EPOCHS, MINIBATCHES = 4, 4  # each batch is used four times (by sppo.py once), in quarters: 16 optimiser steps
 DEMONSTRATIONS = 32  # trajectories of the expert; the clone imitates those that succeed
 tensor = partial(torch.as_tensor, dtype=torch.float32)
 
@@ -53,7 +53,8 @@ tensor = partial(torch.as_tensor, dtype=torch.float32)
 # Shapes: B trajectories in a batch, b in a mini-batch; T steps in the batch's longest; D numbers in a state.
 
 class SPPO:
-    """The baseline (what is subtracted from R) is V(s_0) = sigmoid(logit), and the critic gives the logit."""
+    """The baseline (what is subtracted from R) is V(s_0) = sigmoid(logit), and the critic gives the logit. It
+    begins near 1/2. (sppo.py's begins at the mean R of the first batch.)"""
 
     def __init__(self, task):
         self.critic = Network(task.scale, 1)
@@ -69,9 +70,9 @@ class SPPO:
         return F.binary_cross_entropy_with_logits(logits, batch.success[rows])
 
 
-def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, report=lambda curve: False):
+def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, stop=lambda curve: False):
     """Trains `policy` in place. Returns the curve: the share of successes in each update's batch.
-    `report(curve)` is called after each update, and ends the training by returning True."""
+    `stop(curve)` is called after each update; if it returns True, the training ends."""
     torch.manual_seed(seed)
     envs, baseline, curve = task.make(task.batch, seed), make_baseline(task), []
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), lr=lr),
@@ -88,7 +89,7 @@ def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, r
                 # Policy and critic share no parameters, so the sum gives each the gradient of its own loss.
                 step(optimizer, loss + baseline.loss(batch, rows))
         curve.append(batch.success.mean().item())
-        if report(curve):
+        if stop(curve):
             break
     return curve
 
@@ -118,7 +119,8 @@ def sample(task, envs, policy):
     states = np.stack((first, *states), 1)  # [B, T + 1, D]: with the state after the last step
     rewards, mask = np.stack(rewards, 1), np.stack(mask, 1)
     every, length = np.arange(envs.num_envs), mask.sum(1)
-    success = task.success(states[every, length], rewards[every, length - 1], ended)
+    last = states[every, length]  # [B, D]: after each trajectory's last step
+    success = task.success(last, rewards[every, length - 1], ended)
     states, rewards, mask, success = map(tensor, (states, rewards, mask, success))
     return SimpleNamespace(states=states[:, :-1], actions=torch.stack(actions, 1), mask=mask, success=success,
                            dense=task.dense(states, rewards) * mask)
@@ -146,7 +148,7 @@ class Policy(nn.Module):
     def __init__(self, task):
         super().__init__()
         space = task.make(1, seed=0).single_action_space
-        self.limit = getattr(space, "high", None)  # [D']: the largest numbers allowed; None where one chooses
+        self.limit = getattr(space, "high", None)  # [D']: the largest numbers allowed; None: discrete actions
         self.net = Network(task.scale, space.n if self.limit is None else len(space.high))
         self.log_std = nn.Parameter(torch.full(space.shape, -0.5))
 
@@ -157,7 +159,8 @@ class Policy(nn.Module):
         return Independent(Normal(outputs, self.log_std.exp()), 1)  # its log_prob sums over the D' numbers
 
     def to_env(self, actions):
-        """The policy's 1 is the largest number that the environment allows."""
+        """The policy's -1 to 1 are all numbers that the environment allows. (log_prob is of what was sampled,
+        before it is cut to them.)"""
         return actions.numpy() if self.limit is None else actions.clamp(-1, 1).numpy() * self.limit
 
 
@@ -175,7 +178,8 @@ class PPO:
     def advantages(self, batch):
         with torch.no_grad():
             self.values = self.critic(batch.states).squeeze(-1) * batch.mask  # [B, T]
-        last = torch.arange(batch.mask.shape[1]) == batch.mask.sum(1, keepdim=True) - 1  # [B, T]
+        # [B, T]: True at each trajectory's last step
+        last = torch.arange(batch.mask.shape[1]) == batch.mask.sum(1, keepdim=True) - 1
         rewards = batch.dense if self.dense else batch.success[:, None] * last  # R comes with the last step
         advantages, self.returns = gae(rewards, self.values, batch.mask, self.gamma, self.lam)
         return whiten(advantages, batch.mask) if self.whitened else advantages
@@ -190,7 +194,7 @@ class BatchMean:
     """The least that can be subtracted: the mean R of the batch. Nothing in it learns."""
 
     def __init__(self, task):
-        self.critic = nn.Identity()  # no parameters
+        self.critic = nn.Identity()  # no parameters, so that `train` needs no special case
 
     def advantages(self, batch):
         return batch.success - batch.success.mean()
@@ -199,7 +203,7 @@ class BatchMean:
         return 0
 
 
-# SPPO does not whiten. So the third method tells what the critic alone changes.
+# SPPO does not whiten. So "PPO, not whitened" tells what the critic alone changes.
 METHODS = {"SPPO": SPPO, "PPO": PPO, "PPO, not whitened": partial(PPO, whitened=False),
            "batch mean": BatchMean}
 
@@ -213,7 +217,7 @@ class Task:
     success: Callable  # (last states [B, D], last rewards [B], whether it ended early [B]) -> R [B]
     scale: tuple  # states are divided by these D numbers, so that the networks see values around 1
     # The expert's rewards: (states [B, T + 1, D], the environment's rewards [B, T]) -> [B, T]. Divided by
-    # 100, because the environment's add up to hundreds, and an untrained critic's values are near 0.
+    # 100, because the environment's rewards add up to hundreds, and an untrained critic's values are near 0.
     dense: Callable = lambda states, rewards: rewards / 100
     # How the expert learns: the horizon, the discount, the learning rate, and the share of successes at which
     # it is done.
@@ -249,8 +253,8 @@ class Pendulums(PendulumEnv):
 
 
 def pumped_energy(states, rewards):
-    """MountainCar's reward says nothing before the goal, so the energy that a step adds counts too. Its slope
-    pulls with -0.0025 cos(3 position), so that the height in energy is 0.0025 / 3 sin(3 position)."""
+    """MountainCar's reward says nothing before the goal, so the energy that a step adds counts too. The slope
+    pulls with -0.0025 cos(3 position). So the potential energy is 0.0025 / 3 sin(3 position)."""
     position, speed = states.unbind(-1)
     energy = speed**2 / 2 + 0.0025 / 3 * torch.sin(3 * position)
     return rewards / 100 + 1000 * energy.diff(dim=1)
@@ -273,8 +277,8 @@ TASKS = {
     "LunarLander": Task(partial(make_vec, "LunarLander-v3"), horizon=1000, batch=16, scale=(1,) * 8,
                         success=lambda s, reward, ended:
                         (s[:, 6:].max(1) == 1) & (abs(s[:, 0]) < 0.4) & (reward > -100), expert_success=0.3),
-    # To end upright. State: the angle's cosine, its sine, its speed. Some random policies do so in a quarter
-    # of their trajectories, so the clone is stopped later.
+    # To end upright. State: the angle's cosine, its sine, its speed. With some seeds, a random policy does so
+    # in a quarter of its trajectories, so the clone is stopped later.
     "Pendulum": Task(Pendulums, horizon=1000, batch=16, scale=(1, 1, 8), expert_horizon=200, cloned=0.5,
                      success=lambda s, reward, ended: s[:, 0] > 0.8),
 }
@@ -288,27 +292,29 @@ def train_expert(task, seed, updates=1000):
     ppo = partial(PPO, dense=True, gamma=task.expert_gamma, lam=0.95, value_clip=inf)
     task = replace(task, horizon=min(task.horizon, task.expert_horizon))
     curve = train(task, policy, ppo, updates, seed, lr=task.expert_lr,
-                  report=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
+                  stop=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
     print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward.")
     return policy
 
 
 def clone(task, expert, seed, target):
-    """A policy that imitates the expert's successes, until it succeeds itself in a share `target` of its
-    trajectories: a perfect clone would leave nothing to learn."""
+    """A policy that imitates the expert's successes, until it succeeds itself in a share `target` of 32
+    trajectories: a perfect clone would leave nothing to learn. (It ends at the first such 32, which were also
+    lucky: later ones succeed less often.)"""
     torch.manual_seed(seed)
     envs, policy = task.make(DEMONSTRATIONS, seed + 1000), Policy(task)
     shown = sample(task, envs, expert)
     if not shown.success.any():
         raise SystemExit(f"The expert of seed {seed} never succeeds: give another --seed")
-    mask = shown.mask * shown.success[:, None]  # [B, T]: the steps of successful trajectories
+    kept = (shown.mask * shown.success[:, None]).bool()  # [B, T]: the steps of successful trajectories
+    states, actions = shown.states[kept], shown.actions[kept]
     optimizer = torch.optim.Adam(policy.parameters(), 3e-4)
-    for steps in range(3000):
-        if steps % 3 == 0:  # not each time: sampling costs more than the step
+    for steps in range(30_000):
+        if steps % (3 if steps < 300 else 100) == 0:  # not each time: sampling costs more than the step
             success = sample(task, envs, policy).success.mean()
             if success >= target:
                 break
-        step(optimizer, -(policy(shown.states).log_prob(shown.actions) * mask).sum() / mask.sum())
+        step(optimizer, -policy(states).log_prob(actions).mean())
     print(f"The clone took {steps} steps on {shown.success.sum():.0f} of the expert's trajectories, and "
           f"succeeds in {success:.0%} of its own.", flush=True)
     return policy
@@ -324,6 +330,7 @@ def start(name, seed, target=None):
         if not (folder / file).exists():
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(make().state_dict(), folder / file)
+        print(f"From {folder / file} (to train it anew, delete it).")
         policy.load_state_dict(torch.load(folder / file))
         return policy
 
@@ -347,7 +354,7 @@ def main():
             print(f"{len(curve) * task.batch:7,} trajectories: {mean:4.0%} succeed ", "#" * round(50 * mean),
                   flush=True)
 
-    curve = train(task, policy, METHODS[args.method], args.updates, args.seed, report=show)
+    curve = train(task, policy, METHODS[args.method], args.updates, args.seed, stop=show)
     import matplotlib.pyplot as plt
     plt.plot([task.batch * (i + 1) for i in range(len(curve))], curve)
     plt.gca().set(title=f"{args.method} on {args.task}", xlabel="trajectories", ylabel="share of successes")

@@ -95,6 +95,7 @@ def test_the_positional_may_stand_anywhere(arguments):
     (["--stpes", "5"], "--stpes: there is no such option; did you mean --steps?"),
     (["--max-tokens=5"], "--max-tokens: there is no such option; did you mean --max-prompt-tokens?"),
     (["--qqq"], "--qqq: there is no such option; --help lists all of them"), (["chain"], "chain: there is no such option"),
+    (["--eval-benchmarks", "nope", "--eval-every", "0"], "--eval-benchmarks nope: --eval-every 0 never evaluates"),
     (["--lr", "inf"], "--lr inf: must be 0 or more and finite"), (["--lr", "nan"], "--lr nan: must be 0 or more and finite")])
 def test_bad_options_are_one_clear_sentence(arguments, message, capsys):
     assert message in complaint(lambda a: TrainConfig.parse("", a).check(), arguments, capsys)

@@ -94,7 +94,7 @@ def claims(folder=ROOT):
     medians = [ratios[p][1] for p in ("0.1", "0.15", "0.3")]
     return [
         *race[:3],
-        ("It lowers the peak of memory", "78.7 % and 91.5 % of a GPU", "only planned", "not run",
+        ("A small critic lowers the peak of memory", "78.7 % and 91.5 % of a GPU", "only planned", "not run",
          "the-critic-may-be-small"),
         ("V knows which prompts are hard", "r 0.642, ρ 0.664", f"r {r:.2f}, ρ {rho:.2f}",
          "yes" if r >= 0.6 and rho >= 0.6 else "partly" if r > 0.3 and rho > 0.3 else "no", "does-v-know"),

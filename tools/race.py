@@ -149,7 +149,7 @@ def one_run(c, extra, name, lr, seed, prompts):
     # SPO also samples every problem eight times before its first step.
     first = lines[1].get("tracker/init_samples", 0)
     responses = prompts // share * SAMPLES.get(name, 1)
-    return {"algorithm": name, "lr": lr, "seed": seed, "prompts": prompts,
+    return {"algorithm": name, "lr": lr, "seed": seed, "prompts": prompts, "machine": machine(),
             "command": " ".join(map(str, command)).replace(f"{ROOT}/", ""),
             "seconds": [round(m["seconds"], 2) for m in evaluated],
             "responses": [m["step"] and first + responses * m["step"] for m in evaluated],
@@ -223,7 +223,7 @@ def main(arguments=None):
             old = results.get(c.part, {})
             if old.get("extra") == extra:  # runs that this command did not ask for stay
                 runs = merged(old["runs"], runs)
-            results[c.part] = {"settings": settings, "extra": extra, "machine": machine(), "runs": runs}
+            results[c.part] = {"settings": settings, "extra": extra, "runs": runs}
         folder.mkdir(parents=True, exist_ok=True)
         # A line for each run.
         file.write_text(json.dumps(results).replace('{"algorithm"', '\n{"algorithm"') + "\n")

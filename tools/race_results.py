@@ -72,8 +72,11 @@ def speed(runs, clock="seconds", target=None):
 
 
 def best_rates(grid):
-    """{algorithm: the learning rate with the best smoothed accuracy at the end}."""
-    return {run["algorithm"]: run["lr"] for run in sorted(grid, key=at_end)}
+    """{algorithm: the learning rate with the best smoothed accuracy at the end, on average of the seeds}."""
+    ends = {}
+    for run in grid:
+        ends.setdefault((run["algorithm"], run["lr"]), []).append(at_end(run))
+    return dict(sorted(ends, key=lambda key: statistics.mean(ends[key])))
 
 
 def protocols(results):
@@ -158,10 +161,12 @@ def table(runs):
             values = [v for s in series for v in s[len(s) // 2 :] if v is not None]
             return f"{statistics.mean(values):.2f}" if values else ""
         each = statistics.mean(1000 * sum(run["phases"].values()) / run["responses"][-1] for run in seeds)
-        rows.append((name, seeds[0]["lr"], accuracy_text(seeds),
-                     f"{statistics.mean(run['seconds'][-1] for run in seeds):.0f}",
-                     f"{seeds[0]['responses'][-1]:,}", f"{each:.1f}",
-                     ratio_text(by_responses[name]), ratio_text(by_seconds[name]),
+        seconds = f"{statistics.mean(run['seconds'][-1] for run in seeds):.0f}", f"{each:.1f}", ratio_text(
+            by_seconds[name])
+        if seeds[0]["machine"] != runs[0]["machine"]:  # then seconds tell nothing of the algorithm
+            seconds = ("",) * 3
+        rows.append((name, seeds[0]["lr"], accuracy_text(seeds), seconds[0],
+                     f"{seeds[0]['responses'][-1]:,}", seconds[1], ratio_text(by_responses[name]), seconds[2],
                      *map(late, ("critic/auc", "critic/skill", "group/all_right", "group/all_wrong"))))
     return markdown(columns, rows)
 
@@ -184,10 +189,10 @@ def batch_table(runs):
         for name in names_in(some):
             seeds = of(some, name)
             squares = [value for run in seeds for value in run["metrics"].get("advantage/variance", [])]
-            rows.append((f"{size}", name, f"{len(seeds)}", cost_text(seeds, TARGET), accuracy_text(seeds),
-                         f"{statistics.mean(squares):.3f}" if squares else ""))
-    return markdown(("prompts per step", "algorithm", "seeds", f"responses to {TARGET}", "accuracy, end",
-                     "variance of A"), rows)
+            rows.append((f"{size}", name, seeds[0]["lr"], f"{len(seeds)}", cost_text(seeds, TARGET),
+                         accuracy_text(seeds), f"{statistics.mean(squares):.3f}" if squares else ""))
+    return markdown(("prompts per step", "algorithm", "learning rate", "seeds", f"responses to {TARGET}",
+                     "accuracy, end", "variance of A"), rows)
 
 
 def ratios_by_batch(runs):
@@ -233,7 +238,8 @@ def report(results):
         for part in made:
             command = "python -m tools.race" + (f" --part {part}" if part != "race" else "")
             seeds = len({run["seed"] for run in results[part]["runs"]})
-            parts.append(f"`{command}` on {results[part]['machine']}; seeds: {seeds}.\n")
+            machines = " and ".join(sorted({run["machine"] for run in results[part]["runs"]}))
+            parts.append(f"`{command}` on {machines}; seeds: {seeds}.\n")
     for title, runs in protocols(results).items():
         heading(title, "race")
         parts.append(table(runs))
@@ -250,10 +256,10 @@ def report(results):
     if "grid" in results:
         heading("The grid: smoothed accuracy at the end", "grid")
         grid = results["grid"]["runs"]
-        ends = {(run["algorithm"], run["lr"]): f"{at_end(run):.3f}" for run in grid}
         lrs = list(dict.fromkeys(run["lr"] for run in grid))
         parts.append(markdown(["algorithm", *lrs], [
-            [name, *(ends[name, lr] for lr in lrs)] for name in names_in(grid)]))
+            [name, *(accuracy_text([run for run in of(grid, name) if run["lr"] == lr]) for lr in lrs)]
+            for name in names_in(grid)]))
     return "\n".join(parts) + "\n"
 
 
