@@ -130,7 +130,7 @@ _SAME = {name: form for form, names in [  # what becomes of a command, or of a s
     (",", "、"), (r"\angle ", "∠"), (r"\ldots ", "dots cdots dotsc ..."), (r"^\circ ", "degree deg °"),
     (r"\epsilon ", "varepsilon"), (r"\phi ", "varphi"), (r"\theta ", "vartheta"),
     # The parser does not know it as a letter.
-    ("h_{bar}", "hbar")] for name in names.split()}
+    (" h_{bar}", "hbar")] for name in names.split()}
 
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
 _INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # what may stand in braces, with up to two levels in it
@@ -176,7 +176,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"(?<!\.)\.\s*$", ""),
     # A formula in a text is a formula: \text{H_2O}. So are upright constants and functions: \text{e}^2.
     (r"\\text\s*\{([^{}]*_[^{}]*|\s*(?:[deid]|arc\w+)\s*)\}", r" \1 "),
-    (r"\\text\s*\{\s*(max|min|gcd|lcm)\s*\}", r"\\\1"),
+    (r"\\text\s*\{\s*(max|min|gcd|lcm)\s*\}(?=\s*[(\\])", r"\\\1"),
     # 2(\frac{1}{3}) is a product, and no mixed number.
     (r"(\d)\s*(?=\(\s*\\frac)", r"\1\\cdot "),
     # Brackets may do what braces do: \sqrt(2), x^(n+1), \max\{3, 5\}.
@@ -202,6 +202,11 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A name in a subscript is a name, upright or not: K_{\text{eq}}, x_{\max}. E alone would be 2.718.
     (r"_\{\s*\\(?:text\s*\{(\w+)\}|(max|min))\s*\}", r"_{\1\2}"),
     (r"(?<![a-zA-Z\\])E_\{", "A_{E"),
+    # Repeated names of points, brackets around a base, Chinese units, C for binomials: 1011_{(2)}, 30元.
+    (r"^(\([a-z, ]+\)\s*=)(.*)", lambda m: m[1] + m[2].replace(m[1], "")),
+    (r"(?<=\d)_\{\((\d+)\)\}", r"_{\1}"),
+    (r"(?<=[\d}])\s*(?!\S*[万亿千百十半或和])[\u4e00-\u9fff]{1,4}$", ""),
+    (r"(?<![a-zA-Z\\}])C_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     # A residue is a number and its modulus: 2 \pmod 5, 2 (mod 5), 2 (\text{mod } 5).
     (r"^([^=]+=)?([^,=]+?)[\s(]*(?:\\text\s*\{\s*mod\s*\}|\\pmod|\bmod)[\s({]*(\w+)[\s)}]*$",
      r"\1(\2\\mod \3,\3)"),
@@ -212,11 +217,11 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r",?\s*(?i:(?<![a-z\\])and(?![a-z]))|[;和]", ","),
     (r",?\s*(?i:(?<![a-z\\])or(?![a-z]))|或", ",;"),
     # A sentence that introduces the answer: The answer is 5, \text{Area} = 5. But words need their subject.
-    (r"^(?:\\text\s*)?\{?[A-Za-z]{3}[A-Za-z ,]*(?:\b(?:is|are)\b|[:=])\s*\}?(?!\\text|[ a-zA-Z]*$)|"
-     r"^\\text\s*\{[^{}\d]*\}\s*[:=]|^(?:\\text\s*\{)?"
+    (r"^(?:\\text\s*)?\{?[A-Za-z]{3}[A-Za-z ,]*(?:\b(?:is|are|has|have|equals)\b|[:=])\s*\}?"
+     r"(?!\\text|[ a-zA-Z]*$)|^\\text\s*\{[^{}\d]*\}\s*[:=]|^(?:\\text\s*\{)?"
      r"(?i:(?:the |final |correct )*answer(?: is\b|:)|(?:this|that|it|there) (?:is|are)\b)", ""),
-    # An article, and the reason of a yes or a no.
-    (r"^((?:\\text\s*\{)?\s*)(?i:an?|the)\s+(?=[a-z]{3})", r"\1"),
+    # An article or "on", and the reason of a yes or a no.
+    (r"^((?:\\text\s*\{)?\s*)(?i:an?|the|on)\s+(?=[A-Za-z]{3})", r"\1"),
     (r"^(?:\\text\s*\{)?\s*((?i:yes|no))\s*[,.;:](?:\s*[^\s,]+){3}.*", r"\1"),
     # In a function, degrees count; in a sum, they do not.
     (r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d\})?\s*[({]?\s*[\d.]+)\s*\^\\circ",
@@ -238,9 +243,12 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # That it holds for all x, or for any constant, is left out; a condition is not: \text{ for all } x > 0.
     (r"(?<=\S)\s*,?\s*(?:\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}|\\forall)"
      r"(?:(?!\\[gl]e|\\ne|[<>=]).)*$", ""),
-    # That an index is whole, or another letter real, is left out: k\pi, k \in \mathbb{Z}.
+    # That an index is whole, or another letter real, is left out: k\pi, k \in \mathbb{Z}. Such an index is k.
+    (r"^(.*\S)\s*(?:[,(]|\\text\s*\{\s*(?:where|with|for)\b[^{}]*\})"
+     r"\s*([jmn])\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z[\s})]*$",
+     lambda m: re.sub(rf"(?<![a-zA-Z\\]){m[2]}(?![a-zA-Z])", "k", m[1])),
     (r"(?<=\S)\s*(?:[,(]|\\text\s*\{\s*(?:where|with|for)\b[^{}]*\})\s*"
-     r"(?:[jkmn]\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z|[a-zA-Z]\s*\\in\s*\\mathbb[\s{]*R)[\s})]*$", ""),
+     r"(?:k\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z|[a-zA-Z]\s*\\in\s*\\mathbb[\s{]*R)[\s})]*$", ""),
     # So is a word in front.
     (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
@@ -304,9 +312,9 @@ _KNOWN = {name for names in (
     "overline bar vec hat overrightarrow angle triangle ell alpha beta gamma Gamma delta Delta epsilon zeta",
     "varepsilon eta theta Theta kappa lambda Lambda mu nu xi Xi rho sigma Sigma tau phi Phi varphi chi psi",
     "Psi omega Omega") for name in names.split()}
-# What it would misread: nothing, two numbers side by side, a number with an index, a date, a backslash before
-# a sign, other alphabets and signs, words.
-_UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|\d{4}-\d\d-\d\d|(?<!\\)\\(?![{}\\|])|[^\x00-\x7f]|[#?:~'\"@`]|"
+# What it would misread: nothing, two numbers side by side, a number with an index, !!, a date, a backslash
+# before a sign, other alphabets and signs, words.
+_UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|!!|\d{4}-\d\d-\d\d|(?<!\\)\\(?![{}\\|])|[^\x00-\x7f]|[#?:~'\"@`]|"
                       r"[a-zA-Z]{4}")
 # Products of vectors and of matrices have an order, which is lost as soon as they are read. ^T is no power.
 # The gcd of letters would be 1.
@@ -445,12 +453,20 @@ def different_kinds(a, b, texts):
 
 
 def different_units(a, b):
-    """Whether both end with a short unit, and not with the same: 5 \\text{ cm} and 5 \\text{ m}. One may be
-    the beginning of the other, as in sec and s."""
-    found = [re.search(rf"\d.*?(?:\\(?:text|mathrm|mbox|textrm)[\s{{]*[a-zA-Z.]{{1,4}}[\s}}]*|"
-                       rf"(?<=[\d\s}}]){_UNIT})\.?$", text) for text in (a, b)]
-    units = [re.search(r"([a-zA-Z.]*)[\s}]*$", m[0])[1].casefold().replace(".", "") for m in found if m]
-    return len(units) == 2 and not (units[0].startswith(units[1]) or units[1].startswith(units[0]))
+    """Whether both answers end with a unit, and not with the same: 5 \\text{ cm}, 5 \\text{ m}. Of those that
+    sympy does not know, only short ones count, and one may be the other's beginning, as in hr and h."""
+    found = [re.search(rf"\d.*?(?:\\(?:text|mathrm|mbox|textrm)[\s{{]*([a-zA-Z.]+)[\s}}]*|"
+                       rf"(?<=[\d\s}}])({_UNIT}))(?:\^\{{?(\d)\}}?)?\.?$", text) for text in (a, b)]
+    if None in found:
+        return False
+    from sympy.physics import units
+    names = [(m[1] or m[2]).replace(".", "") for m in found]
+    known = [getattr(units, name, None) for name in names]
+    if all(isinstance(unit, units.Quantity) for unit in known):
+        powers = {m[3] for m in found if m[3]}
+        return len(powers) == 2 or len({(unit.scale_factor, unit.dimension) for unit in known}) == 2
+    one, two = map(str.casefold, names)
+    return max(len(one), len(two)) <= 3 and not (one.startswith(two) or two.startswith(one))
 
 
 def plain_number(text):
@@ -484,7 +500,8 @@ def equal(answer, gold):
     if chosen and (not chosen[1] or given and not given[1]):  # at least one is a letter alone
         return given is not None or words == gold_words
     if _WORDS.fullmatch(gold_words):  # a list has no order; and AB may be written A, B or (A), (B)
-        if (sorted(words.split(",")) == sorted(gold_words.split(","))
+        if (sorted(word.rstrip("s") for word in words.split(","))
+                == sorted(word.rstrip("s") for word in gold_words.split(","))
                 or re.sub("[(),]", "", words) == gold_words.replace(",", "")):
             return True
         if not re.search(r"[=^*+/\\]", text):  # else it may be a product of letters: W = mgh
