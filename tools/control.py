@@ -32,7 +32,7 @@ PLAN = [("MountainCar", 40, range(3), [""], METHODS), ("CartPole", 312, range(3)
         ("MountainCar", 40, range(3), ["lr 3e-3", "clone at 0.02"], ["SPPO"]),
         ("Pendulum", 200, range(1), [""], METHODS), ("Pendulum", 2500, range(1), [""], ["SPPO"]),
         ("LunarLander", 60, range(1), [""], METHODS),
-        ("Hopper", 100, range(1), [""], METHODS)]
+        ("Hopper", 300, range(1), [""], ["SPPO", "PPO"])]
 
 
 def run_missing(runs, write):
