@@ -87,7 +87,8 @@ def draw(plt, runs):
     for axes, name in zip(panels[0], names, strict=True):
         for method, (line, colour) in METHODS.items():
             some = [run for run in runs if (run["task"], run["method"]) == (name, method)]
-            columns = list(zip(*(smooth(run["success"], 5) for run in some), strict=False))  # to the shortest
+            rows = [smooth(run["success"], max(5, len(run["success"]) // 30)) for run in some]
+            columns = list(zip(*rows, strict=False))  # to the shortest
             x = [some[0]["trajectories"] * (i + 1) for i in range(len(columns))] if some else []
             axes.plot(x, list(map(statistics.mean, columns)), line, color=colour, label=method)
             axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12,
