@@ -246,8 +246,9 @@ def report(results):
     if "batches" in results:
         runs = by_batch(results)
         heading("By the batch", "batches")
-        parts += [batch_table(runs), f"\nResponses to {TARGET}, GRPO / SPPO: {ratios_by_batch(runs)} "
-                  "prompts per step."]
+        parts.append(batch_table(runs))
+        if of(runs, "GRPO"):
+            parts.append(f"\nResponses to {TARGET}, GRPO / SPPO: {ratios_by_batch(runs)} prompts per step.")
         if of(runs, ORACLE):
             parts += ["\nThe variance of A on the oracle's batches:\n", variance_table(runs)]
     if "contrast" in results:
@@ -256,7 +257,7 @@ def report(results):
     if "grid" in results:
         heading("The grid: smoothed accuracy at the end", "grid")
         grid = results["grid"]["runs"]
-        lrs = list(dict.fromkeys(run["lr"] for run in grid))
+        lrs = sorted({run["lr"] for run in grid}, key=float)
         parts.append(markdown(["algorithm", *lrs], [
             [name, *(accuracy_text([run for run in of(grid, name) if run["lr"] == lr]) for lr in lrs)]
             for name in names_in(grid)]))
