@@ -60,7 +60,7 @@ def test_intervals_are_students():
     assert student_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
 
 
-@pytest.mark.parametrize("folder", ["results", "results/smollm2"])
+@pytest.mark.parametrize("folder", ["results", "results/smollm2", "results/batch16"])
 def test_committed_tables_are_those_of_the_committed_results(tmp_path, folder):
     (tmp_path / "race.json").write_text((ROOT / folder / "race.json").read_text())
     main(["--redraw", "--results", str(tmp_path)])
