@@ -50,10 +50,20 @@ def test_protocols_are_one_rate_for_all_and_the_best_of_the_grid():
     grid = [runner(name, 3, [0.0, end], lr=lr) for name, lr, end in (
         ("SPPO", "1", 0.5), ("SPPO", "2", 0.7), ("GRPO", "1", 0.8), ("GRPO", "2", 0.3))]
     assert best_rates(grid) == {"SPPO": "2", "GRPO": "1"}
+    assert best_rates([*grid, runner("SPPO", 4, [0.0, 0.1], lr="2")])["SPPO"] == "1"  # the mean of its seeds counts
     runs = [runner(name, 0, [0.0, 0.5], lr=lr) for name, lr in (("SPPO", "1"), ("SPPO", "2"), ("GRPO", "1"))]
     results = {"race": {"runs": runs, "settings": {"lr": "1"}}, "grid": {"runs": grid}}
     assert list(race_results.protocols(results).values()) == [[runs[0], runs[2]], [runs[1], runs[2]]]
     assert list(race_results.protocols({"race": results["race"]}).values()) == [[runs[0], runs[2]]]
+
+
+def test_seconds_of_another_machine_are_left_out():
+    runs = [{**runner(name, 0, [0.5, 0.6, 0.7]), "phases": {"update": 7.0}, "machine": machine}
+            for name, machine in (("SPPO", "a"), ("GRPO", "a"), ("PPO", "b"))]
+    columns, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in race_results.table(runs).splitlines()]
+    seconds = [columns.index(name) for name in ("seconds", "ms per response", "seconds to it")]
+    assert {row[0]: [bool(row[i]) for i in seconds] for row in rows} == {
+        "SPPO": [True] * 3, "PPO": [False] * 3, "GRPO": [True] * 3}
 
 
 def test_intervals_are_students():
