@@ -37,7 +37,9 @@ DIGITS = 1000  # to which numbers are compared: 1 - 2^{-2019} is not 1 - 2^{-202
 POINTS = 6, 13, 2, 9, 11  # of variables: each two of them are in both orders at some point
 PLACEHOLDERS = ("proof", "notfound")  # NuminaMath's gold answers where a solution has none: no answer earns
 WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
-WARM_UP = (r"x^{2}+3", "1.5", r"\sqrt{2}", r"\{1,2\}", "(1,2)", "x=1", "1<x<2", r"2\sin(x)", "y=2x+1", "f(x)")
+WARM_UP = (r"x^{2}+3", "1.5", r"\sqrt{2}", r"\{1,2\}", "(1,2)", "x=1", "1<x<2", r"2\sin(x)", "y=2x+1", "f(x)",
+           r"5\text{ m}")
+WARM_UP_GOLD = r"\frac{1}{2}\text{ cm}"
 START = ("import importlib, sys; sys.path.insert(0, sys.argv[1]); "
          "importlib.import_module(sys.argv[2])._work(float(sys.argv[3]), sys.argv[4])")
 
@@ -685,7 +687,7 @@ def _work(timeout, reward):
         if reward:
             functions["reward"] = _load(reward)
         for form in () if reward else WARM_UP:  # imports everything, and meets the common forms
-            equal(form, "\\frac{1}{2}")
+            equal(form, WARM_UP_GOLD)
     except BaseException as error:
         verdict = f"{type(error).__name__}: {error}"
     signal.alarm(0)

@@ -91,6 +91,12 @@ def test_labelled_answers(verifier):
     assert paid <= 0.02 * (len(pairs) - right) and len(failed) - paid <= 0.05 * right
 
 
+def test_a_worker_imports_sympys_units_before_the_first_deadline():
+    code = ("import sys, reward; [reward.equal(form, reward.WARM_UP_GOLD) for form in reward.WARM_UP]; "
+            "sys.exit('sympy.physics.units' not in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_the_same_verdict_at_once_and_in_a_worker():
     for answer, gold in [("7", "7"), ("3", "2.9999999"), ("0.5", "0.50"), ("five", "5"), ("proof", "proof"), ("007", "7")]:
         assert equal_at_once(answer, gold) == equal(answer, gold)
