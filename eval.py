@@ -230,12 +230,20 @@ def load_eval_benchmarks(c, tokenizer):
 def evaluate_policy(run, log, step):
     """Accuracy on the held-out problems, one sampled response each, and the benchmarks. Its
     time is not counted."""
+    def sample(*arguments, **options):
+        batch = run.sampler.sample(*arguments, **options)
+        failed = sum(count for name, count in run.sampler.metrics.items() if name.startswith("reward/"))
+        if failed > len(batch.responses) / 2:
+            say(f"warning: {failed} verifications of an evaluation of {len(batch.responses)} responses "
+                "failed, which counts them as wrong: its accuracy tells nothing")
+        return batch
+
     run.sampler.random.seed(f"{run.config.seed}/{step}/evaluation")
     for name, problems in run.benchmarks.items():
-        batch = run.sampler.sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
+        batch = sample(problems, run.config.eval_samples, temperature=TEMPERATURE, top_p=TOP_P)
         log.add(benchmark_metrics(name, batch, run.config.eval_samples))
     if run.held_out:
-        log.evaluated(step, run.sampler.sample(run.held_out), run.tokenizer)
+        log.evaluated(step, sample(run.held_out), run.tokenizer)
     if step == 0:
         log.write(0, 0.0)
 

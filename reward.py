@@ -169,6 +169,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"\\!|\\(?=\\[a-zA-Z])(?!.*matrix)", ""),
     # Functions and infinity in plain words: 2pi, sqrt(3).
     (r"(?<![\\a-zA-Z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln|exp|inf(?:inity)?)(?![a-z])", r"\\\1 "),
+    # Roots, and the real numbers, in signs and words: √10, all real numbers.
     (r"√\s*(\d[\d.]*)", r"\\sqrt{\1}"), ("√", r"\\sqrt "), ("∛", r"\\sqrt[3]"),
     (r"(?i)\ball real(?: number)?s\b|\ball reals\b", r"\\mathbb{R}"),
     # Commands and signs: see above.
@@ -221,10 +222,10 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A sentence that introduces the answer: The answer is 5, \text{Area} = 5. But words need their subject.
     (r"^(?:\\text\s*)?\{?[A-Za-z]{3}[A-Za-z ,]*(?:\b(?:is|are|has|have|equals)\b|[:=])\s*\}?"
      r"(?!\\text|[ a-zA-Z]*$)|^\\text\s*\{[^{}\d]*\}\s*[:=]|^(?:\\text\s*\{)?"
-     r"(?i:(?:the |final |correct )*answer(?: is\b|:)|(?:this|that|it|there) (?:is|are)\b)", ""),
+     r"(?i:(?:the |final |correct )*answer(?: is\b|:)|(?:this|that|it|there) (?:is|are)\b)\s*\}?", ""),
     # An article or "on", and the reason of a yes or a no.
     (r"^((?:\\text\s*\{)?\s*)(?i:an?|the|on)\s+(?=[A-Za-z]{3})", r"\1"),
-    (r"^(?:\\text\s*\{)?\s*((?i:yes|no))\s*[,.;:](?:\s*[^\s,]+){3}.*", r"\1"),
+    (r"^(?:\\text\s*\{)?\s*((?i:yes|no))\s*[,.;:](?:\s*[^\s,;]+){3}[^;]*$", r"\1"),
     # In a function, degrees count; in a sum, they do not.
     (r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d\})?\s*[({]?\s*[\d.]+)\s*\^\\circ",
      r"\1\\cdot\\frac{\\pi}{180}"),
@@ -251,7 +252,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
      lambda m: re.sub(rf"(?<![a-zA-Z\\]){m[2]}(?![a-zA-Z])", "k", m[1])),
     (r"(?<=\S)\s*(?:[,(]|\\text\s*\{\s*(?:where|with|for)\b[^{}]*\})\s*"
      r"(?:k\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z|[a-zA-Z]\s*\\in\s*\\mathbb[\s{]*R)[\s})]*$", ""),
-    # So is a word in front.
+    # A word in front is left out: about 5.
     (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
@@ -511,17 +512,26 @@ def equal(answer, gold):
     gold = chosen[1] if chosen else gold
     if same_formula(answer, gold) or given and given[1] and same_formula(given[1], gold):
         return True
-    # A name that cannot be read: P(A|B) = 1/2. Two readings of 2e-1.
-    name, equals, value = answer.rpartition("=")
-    alone = "," not in re.sub(r"\([^()]*\)", "", name)
-    if alone and re.match(r"[\\#|a-zA-Z][^=]*$", name) and "=" not in gold:
-        return read(answer) is None and not getattr(read(name), "is_number", False) and equal(value, gold)
+    if "=" not in gold and (value := value_of(answer)):
+        return equal(value, gold)
+    # 2e-1 may be 0.2, or 2e - 1, if the other answer is written so.
     spaced = [re.sub(r"(\d)e([-+])(\d)", r"\1e \2 \3", text) for text in (answer, gold)]
     return (spaced[0] == answer) != (spaced[1] == gold) and same_formula(*spaced)
 
 
+def value_of(answer):
+    """1/2 of P(A|B) = 1/2: what stands behind a name that cannot be read. None for anything else."""
+    name, _, value = answer.rpartition("=")
+    bare = re.sub(r"\([^()]*\)", "", name)
+    other = (r"[,;=<>!≠≤≥]|\\(?:n?[lg]eq?|neq?|[lg]t|approx|to|sim|pm|l?or)(?![a-z])|"
+             r"\b(?:not|or|and|maybe|than)\b")
+    if not re.match(r"[\\#|a-zA-Z]", name) or re.search(other, bare) or read(answer) is not None:
+        return None
+    return None if getattr(read(name), "is_number", False) else value
+
+
 def same_formula(answer, gold):
-    """Equality of two answers that are no words."""
+    """Equality of two answers as formulas or, where one of them cannot be read, as texts."""
     a, b = read(gold), read(answer)
     if a is None or b is None:
         return plain(answer) == plain(gold)

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import random
 import time
 import types
 
@@ -18,6 +19,7 @@ from eval import (
     EvalConfig,
     benchmark_metrics,
     bootstrap_interval,
+    evaluate_policy,
     load_benchmark,
     majority_at_k,
     pass_at_k,
@@ -216,3 +218,14 @@ def test_benchmarks_while_training_and_a_runs_folder_as_model(tmp_path):
     (tmp_path / "long.jsonl").write_text('{"problem": "Compute ' + "1+" * 50 + '1.", "answer": "51"}\n')
     done = run("sppo.py", "--eval-benchmarks", tmp_path / "long.jsonl")
     assert done.returncode == 2 and "has a prompt of" in done.stderr
+
+
+@pytest.mark.parametrize("failed", [2, 3])
+def test_an_evaluation_whose_verifications_fail_says_so(failed, capsys):
+    batch, shown = types.SimpleNamespace(responses=[None] * 4), []
+    sampler = types.SimpleNamespace(sample=lambda problems: batch, random=random.Random(), metrics={
+        "reward/timeouts": failed, "reward/errors": 0, "rollout/idle": 9.0})
+    a_run = types.SimpleNamespace(config=types.SimpleNamespace(seed=0), benchmarks={}, held_out=[1], sampler=sampler, tokenizer=None)
+    evaluate_policy(a_run, types.SimpleNamespace(evaluated=lambda *arguments: shown.append(arguments)), 1)
+    assert shown == [(1, batch, None)]
+    assert ("3 verifications of an evaluation of 4 responses failed" in capsys.readouterr().out) == (failed == 3)

@@ -138,6 +138,12 @@ def test_a_part_of_the_runs_made_again_leaves_the_others():
     assert race.merged(old, new) == [old[0], new[0], new[1]]
 
 
+def test_runs_of_a_part_at_another_rate_are_refused(tmp_path, capsys):
+    (tmp_path / "race.json").write_text(json.dumps({"batches": {"settings": {"lr": "3e-4"}, "extra": [], "runs": []}}))
+    said = complaint(main, ["--part", "batches", "--lr", "1e-4", "--results", str(tmp_path)], capsys)
+    assert "--lr 1e-4: " in said and "has this part at 3e-4" in said
+
+
 def test_the_contrast_has_the_shortest_and_the_longest_chains(tmp_path):
     file = Path(race.contrast(tmp_path / "runs/contrast.jsonl"))
     rows = [json.loads(row)["problem"] for row in file.read_text().splitlines()]

@@ -209,6 +209,10 @@ def main(arguments=None):
         if c.redraw and not file.exists():
             raise InputError(f"{file}: there are no results to draw; run the race first (without --redraw)")
         results = json.loads(file.read_text()) if file.exists() else {}
+        rate = results.get(c.part, {}).get("settings", {}).get("lr", c.lr)
+        if c.part in ("batches", "contrast") and rate != c.lr and not c.redraw:
+            raise InputError(f"--lr {c.lr}: {file} has this part at {rate}, and its tables have one rate for "
+                             "each size; give another --results")
         if not c.redraw:
             if c.part == "contrast":
                 c = replace(c, output=f"{c.output}-contrast")

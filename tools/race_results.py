@@ -161,12 +161,12 @@ def table(runs):
             values = [v for s in series for v in s[len(s) // 2 :] if v is not None]
             return f"{statistics.mean(values):.2f}" if values else ""
         each = statistics.mean(1000 * sum(run["phases"].values()) / run["responses"][-1] for run in seeds)
-        seconds = f"{statistics.mean(run['seconds'][-1] for run in seeds):.0f}", f"{each:.1f}", ratio_text(
-            by_seconds[name])
-        if seeds[0]["machine"] != runs[0]["machine"]:  # then seconds tell nothing of the algorithm
-            seconds = ("",) * 3
-        rows.append((name, seeds[0]["lr"], accuracy_text(seeds), seconds[0],
-                     f"{seeds[0]['responses'][-1]:,}", seconds[1], ratio_text(by_responses[name]), seconds[2],
+        seconds, each, ratio = (f"{statistics.mean(run['seconds'][-1] for run in seeds):.0f}", f"{each:.1f}",
+                                ratio_text(by_seconds[name]))
+        if seeds[0]["machine"] != runs[0]["machine"]:  # then they tell nothing of the algorithm
+            seconds = each = ratio = ""
+        rows.append((name, seeds[0]["lr"], accuracy_text(seeds), seconds,
+                     f"{seeds[0]['responses'][-1]:,}", each, ratio_text(by_responses[name]), ratio,
                      *map(late, ("critic/auc", "critic/skill", "group/all_right", "group/all_wrong"))))
     return markdown(columns, rows)
 
