@@ -58,7 +58,7 @@ def test_advantages_of_one_batch(lesson):
 @pytest.mark.xdist_group("lesson")
 def test_those_who_look_on_change_nothing(lesson, tmp_path):
     folder, data = lesson
-    lines = metrics(folder / "run")[1:]
+    lines = metrics(folder / "run/0")[1:]
     assert [at["step"] for at in data["critic"]] == [1, 2, 3]
     for at in data["critic"]:
         assert len(at["share"]) == len(at["value"]) == 12
@@ -70,6 +70,25 @@ def test_those_who_look_on_change_nothing(lesson, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("reward", "response_tokens", "policy/loss", "policy/kl", "critic/bce", "critic/loss"):
         assert [m[name] for m in metrics(tmp_path)[1:]] == [m[name] for m in lines], name
+
+
+@pytest.mark.xdist_group("lesson")
+def test_after_a_kill_only_what_had_not_ended_is_run_again(lesson, monkeypatch):
+    folder, data = lesson
+    command = "--output", folder / "again", "--seeds", "2", "--responses", "4", "--", *OPTIONS, "--output", folder / "run"
+    begun = []
+    monkeypatch.setattr("tools.lesson.train", lambda config, _: begun.append(config.seed) or exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr("tools.lesson.draw", lambda *_: None)
+    main([str(word) for word in command])
+    assert not begun and json.loads((folder / "again/lesson.json").read_text()) == data
+    (folder / "run/1/measured.json").rename(folder / "run/1/kept.json")
+    with pytest.raises(SystemExit):
+        main([str(word) for word in command])
+    (folder / "run/1/kept.json").rename(folder / "run/1/measured.json")
+    assert begun == [1]
+    with pytest.raises(SystemExit):  # other options are another run
+        main([str(word) for word in [*command, "--lr", "1e-4"]])
+    assert begun == [1, 0]
 
 
 def test_correlations():

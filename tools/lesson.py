@@ -7,6 +7,7 @@
 The run is SPPO's. PPO's critic and SPO's tracker learn from the same responses, but change nothing. So in
 the end one batch can be shown with the advantages of all algorithms, each with a baseline that was trained.
 All pictures show the first seed. The others tell how well V knows the prompts (arXiv 2604.08865, figure 7).
+After a kill, the same command continues with the seeds that had not ended; their runs are in runs/lesson.
 """
 import json
 import random
@@ -134,23 +135,26 @@ def ranks(values):
 
 def lesson(c, extra):
     """Trains once for each seed, and returns what lesson.json holds."""
-    # The first is made last, so that its run stays in the folder.
-    runs = {seed: one_run(seed, c.responses, extra) for seed in reversed(range(c.seeds))}
-    knows = [[{key: at[key] for key in ("step", "r", "rho")} for at in runs[seed]["critic"]]
-             for seed in range(c.seeds)]
+    runs = [one_run(seed, c.responses, extra) for seed in range(c.seeds)]
+    knows = [[{key: at[key] for key in ("step", "r", "rho")} for at in run["critic"]] for run in runs]
     return {**runs[0], "knows": knows, "extra": extra, "measured_with": c.responses}
 
 
 def one_run(seed, responses, extra):
-    """Trains, and returns what was measured: `Together.measured`."""
+    """Trains, and returns what was measured: `Together.measured`. A run that has ended with the same options
+    is only read."""
     own = "--output", "runs/lesson", "--dataset", SPOConfig.BUILTIN["dataset"]  # whose prompts come back
     config = RunConfig.parse("", [*own, "--eval-problems", str(HELD_OUT), "--seed", str(seed), *extra])
-    config.eval_every, baselines = config.steps, []
+    config.output, config.eval_every, baselines = f"{config.output}/{seed}", config.steps, []
+    file, options = Path(config.output, "measured.json"), {"responses": responses, "extra": extra}
+    if file.exists() and options.items() <= (kept := json.loads(file.read_text())).items():
+        return kept["measured"]
     shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
     Path(config.output, "metrics.jsonl").unlink(missing_ok=True)
     train(config, lambda run: baselines.append(Together(run, responses)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
+    file.write_text(json.dumps({**options, "measured": baselines[0].measured}))
     return baselines[0].measured
 
 
