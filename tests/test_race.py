@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,9 @@ def test_a_race_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     main(command)
     assert [folder for folder in finished
             if (folder / "metrics.jsonl").stat().st_mtime_ns != finished[folder]] == [killed]
+    # Of two equal commands, the table names one, with its options.
+    [named] = json.loads((tmp_path / "results/race.json").read_text())["race"]["commands"]
+    assert shlex.split(named)[3:] == command and f"`{named}` on " in table
 
 
 def test_a_constant_in_the_critics_place(tmp_path):

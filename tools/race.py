@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,10 +225,11 @@ def main(arguments=None):
                 return
             settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()
                         if k not in ("output", "results", "redraw")}
-            old = results.get(c.part, {})
+            commands, old = [shlex.join(["python", "-m", "tools.race", *arguments])], results.get(c.part, {})
             if old.get("extra") == extra:  # runs that this command did not ask for stay
                 runs = merged(old["runs"], runs)
-            results[c.part] = {"settings": settings, "extra": extra, "runs": runs}
+                commands = list(dict.fromkeys([*old.get("commands", []), *commands]))
+            results[c.part] = {"commands": commands, "settings": settings, "extra": extra, "runs": runs}
         folder.mkdir(parents=True, exist_ok=True)
         # A line for each run.
         file.write_text(json.dumps(results).replace('{"algorithm"', '\n{"algorithm"') + "\n")

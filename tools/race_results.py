@@ -236,10 +236,11 @@ def report(results):
     def heading(text, *made):
         parts.append(f"\n## {text}\n")
         for part in made:
-            command = "python -m tools.race" + (f" --part {part}" if part != "race" else "")
+            commands = results[part].get("commands", [f"python -m tools.race --part {part}"])
+            commands = ", ".join(f"`{command}`" for command in commands)
             seeds = len({run["seed"] for run in results[part]["runs"]})
             machines = " and ".join(sorted({run["machine"] for run in results[part]["runs"]}))
-            parts.append(f"`{command}` on {machines}; seeds: {seeds}.\n")
+            parts.append(f"{commands} on {machines}; seeds: {seeds}.\n")
     for title, runs in protocols(results).items():
         heading(title, "race")
         parts.append(table(runs))
