@@ -142,6 +142,7 @@ _NO_UNIT = (r"(?:is|are|was|not|plus|minus|if|when|unless|than|but|except|least|
 # A unit outside of \text{}: single letters are variables, and other short words are products, as is 2mg.
 _UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|kg|(?<=\d )mg|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|"
          rf"M?Hz|k?Pa|kJ|USD|[ap]\.m|(?<=\s)\\Omega|(?!sqrt|frac|{_NO_UNIT})[a-zA-Z]{{4,}})(?![a-zA-Z])")
+_CURRENCY = dict(dollar="$", usd="$", euro="€", eur="€", yen="¥", yuan="¥", rmb="¥", cent="¢")
 # A unit in \text{}: \text{ kg}\cdot\text{m}^2.
 _UNIT_TEXT = (rf"(?:\s*(?:/|\\cdot|\\mu)?\s*\\text\s*\{{(?![^{{}}]*\b{_NO_UNIT})"
               r"(?:[^{}\d]|\{[^{}]*\})*\}(?:\^\s*\{?-?\d\}?)?)+")
@@ -160,10 +161,12 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # Lines of an environment are a list, but one that begins with a relation continues the one above.
     (r"\\(begin|end)\s*\{array\}(?:\s*\{[^{}]*\})?", r"\\\1{matrix}"),
     (r"\\(?:begin|end)\s*\{(?:align|gather|equation|split|cases)[^{}]*\}", ""),
+    # A case and its condition may have a comma and an "if" between them.
+    (r"[,;]?\s*&\s*(?:\\text\s*\{\s*(?:if|for|when)\s*\})?(?!.*matrix)", "&"),
     (r"\\\\\s*&?\s*(?=[=<>])|&(?=\s*[=<>])", " "),
     (r"\\\\(?=[\s\d(-]+\S)(?!.*matrix)", ","),
     # A currency, the marks around a formula, spaces and a tag are not compared: \$5, \(5\), \tag{1}.
-    (r"\\?\$|[€£¥₹~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$", " "),
+    (r"\\?\$|[€£¥₹¢~]|(?<!\\)\\[ ,;:>()\[\]]|\\\\$", " "),
     (r"\\(?:tag|label|hspace|color|textcolor|phantom)\s*\{[^{}]*\}", " "),
     # Nor is a negative space, nor the first of two backslashes: \!, \\frac.
     (r"\\!|\\(?=\\[a-zA-Z])(?!.*matrix)", ""),
@@ -205,6 +208,8 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A name in a subscript is a name, upright or not: K_{\text{eq}}, x_{\max}. E alone would be 2.718.
     (r"_\{\s*\\(?:text\s*\{(\w+)\}|(max|min))\s*\}", r"_{\1\2}"),
     (r"(?<![a-zA-Z\\])E_\{", "A_{E"),
+    # A point's name is left out: A(2,3).
+    (r"^\s*[A-Z]\s*(?=\([^()]*,[^()]*\)$)", ""),
     # Repeated names of points, brackets around a base, Chinese units, C for binomials: 1011_{(2)}, 30元.
     (r"^(\([a-z, ]+\)\s*=)(.*)", lambda m: m[1] + m[2].replace(m[1], "")),
     (r"(?<=\d)_\{\((\d+)\)\}", r"_{\1}"),
@@ -455,19 +460,31 @@ def different_kinds(a, b, texts):
         any("\\{" in text for text in texts) or any(getattr(x, "lhs", x).is_Symbol for x in (a, b)))
 
 
+def unit_of(text):
+    """The name of the unit that an answer ends with, and its power; a currency is its sign. Or None."""
+    if sign := re.search(r"(?<=\\)\$|[€¥¢]|^\$(?!.*\$)", text):  # but $5$ is a formula
+        return sign[0], None
+    found = re.search(rf"\d.*?(?:\\(?:text|mathrm|mbox|textrm)[\s{{]*([a-zA-Z.]+)[\s}}]*|"
+                      rf"(?<=[\d\s}}])({_UNIT}))(?:\^\{{?(\d)\}}?)?\.?$", text)
+    if found:
+        name = (found[1] or found[2]).replace(".", "")
+        return _CURRENCY.get(name.casefold().rstrip("s"), name), found[3]
+
+
 def different_units(a, b):
     """Whether both answers end with a unit, and not with the same: 5 \\text{ cm}, 5 \\text{ m}. Of those that
-    sympy does not know, only short ones count, and one may be the other's beginning, as in hr and h."""
-    found = [re.search(rf"\d.*?(?:\\(?:text|mathrm|mbox|textrm)[\s{{]*([a-zA-Z.]+)[\s}}]*|"
-                       rf"(?<=[\d\s}}])({_UNIT}))(?:\^\{{?(\d)\}}?)?\.?$", text) for text in (a, b)]
-    if None in found:
+    sympy does not know, only currencies and short ones count, and one may be the other's beginning, as in hr
+    and h."""
+    if None in (found := (unit_of(a), unit_of(b))):
         return False
     from sympy.physics import units
-    names = [(m[1] or m[2]).replace(".", "") for m in found]
+    names, powers = zip(*found, strict=True)
+    if {*names} & {*_CURRENCY.values()}:
+        return names[0] != names[1]
     known = [getattr(units, name, None) for name in names]
     if all(isinstance(unit, units.Quantity) for unit in known):
-        powers = {m[3] for m in found if m[3]}
-        return len(powers) == 2 or len({(unit.scale_factor, unit.dimension) for unit in known}) == 2
+        sizes = {(unit.scale_factor, unit.dimension) for unit in known}
+        return len(sizes) == 2 or len({*powers} - {None}) == 2
     one, two = map(str.casefold, names)
     return max(len(one), len(two)) <= 3 and not (one.startswith(two) or two.startswith(one))
 

@@ -21,6 +21,8 @@ BIN=.venv/bin
 
 wrong() { echo "WRONG: $*"; exit 1; }
 
+end_of() { grep -m 1 "^error:" "$1" || grep -v "^ *$" "$1" | tail -3; }  # what a run says of why it ended
+
 watch() {  # prints the most MiB used of each GPU and of the host while process $1 runs, and processes on each GPU
     local most=0
     while kill -0 "$1" 2>/dev/null; do
@@ -42,7 +44,7 @@ train() {  # NAME RANKS OPTIONS...: trains to the end, with all of its output in
         > "$OUT/$name.txt" 2>&1 &
     local pid=$!
     watch $pid
-    wait $pid || wrong "$name ended with exit code $?; $OUT/$name.txt ends with: $(grep -v '^ *$' "$OUT/$name.txt" | tail -3)"
+    wait $pid || wrong "$name ended with exit code $?; $OUT/$name.txt has: $(end_of "$OUT/$name.txt")"
 }
 
 check() {  # NAME CONDITION MESSAGE: `s` are the training steps' metrics, `gaps` the rollout gaps
@@ -85,14 +87,14 @@ three() {
         > "$OUT/killed.txt" 2>&1 &
     local pid=$!
     until compgen -G "$OUT/resumed/checkpoints/step-0000000[2-9]" > /dev/null; do
-        kill -0 $pid 2>/dev/null || wrong "it ended before two steps: $(tail -3 "$OUT/killed.txt")"
+        kill -0 $pid 2>/dev/null || wrong "it ended before two steps: $(end_of "$OUT/killed.txt")"
         sleep 1
     done
     kill -9 $(pgrep -P $pid) $pid  # torchrun's ranks too, which would go on without it
     wait $pid 2> /dev/null
     ! grep -q "^Trained" "$OUT/killed.txt" || wrong "it had ended before it was killed: $OUT/killed.txt"
     $BIN/torchrun --standalone --nproc-per-node $((GPUS / 2)) sppo.py --output "$OUT/resumed" $common $MORE \
-        > "$OUT/resumed.txt" 2>&1 || wrong "it does not resume: $(tail -3 "$OUT/resumed.txt")"
+        > "$OUT/resumed.txt" 2>&1 || wrong "it does not resume: $(end_of "$OUT/resumed.txt")"
     grep -q "Resuming after step" "$OUT/resumed.txt" || wrong "it started at the beginning: $OUT/resumed.txt"
     check resumed "[line['step'] for line in s] == [1, 2, 3, 4, 5, 6]" "steps are missing or written twice"
 }
@@ -116,7 +118,7 @@ five() {
     check oversample "len(s) == 3 and all('rollout/age' in line for line in s)" "nothing was continued"
     echo "  eval: eval.py $EVAL"
     $BIN/torchrun --standalone --nproc-per-node "$GPUS" eval.py --model "$SMALL" --samples 2 $EVAL --output "$OUT/eval.jsonl" > "$OUT/eval.txt" 2>&1 ||
-        wrong "eval.py ended with exit code $?: $(tail -3 "$OUT/eval.txt")"
+        wrong "eval.py ended with exit code $?: $(end_of "$OUT/eval.txt")"
 }
 
 mkdir -p "$OUT"
