@@ -29,7 +29,7 @@ from machine import from_rank_0
 
 FORMAT = "sppo checkpoint 3"
 FILE_BYTES = 8 << 30  # about, of all ranks together
-KEEP = 2  # the newest checkpoints: the older one is for a disk that spoils the newer
+KEEP = 2  # the newest checkpoints: the older one is a spare, in case the newer is damaged
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def save(run, baseline, log, step):
 
     If there is no room for it, a warning says so, the earlier ones remain, and the run continues.
     """
-    import torch.distributed.checkpoint as dcp  # here, for it takes a second, which --help need not wait
+    import torch.distributed.checkpoint as dcp  # here: it takes a second, and --help should not wait for it
     folder = Path(run.config.output) / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
     state = state_of(run, baseline)
@@ -104,10 +104,10 @@ def save(run, baseline, log, step):
     files = 1 + sum(t.numel() * t.element_size() for t in tensors.values()) // FILE_BYTES
     file_of = {name: 1 + i % files for i, name in enumerate(tensors)}
     writer = dcp.HuggingFaceStorageWriter(str(partial), file_of, save_distributed=True)
-    problem = (first_problem(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
-               or first_problem(lambda: is_main() and _empty(partial))
-               or first_problem(lambda: dcp.save(tensors, storage_writer=writer))
-               or first_problem(lambda: is_main() and _complete(partial, final, step, values)))
+    problem = (first_disk_error(log.sync)  # or the checkpoint could be ahead of metrics.jsonl
+               or first_disk_error(lambda: is_main() and _empty(partial))
+               or first_disk_error(lambda: dcp.save(tensors, storage_writer=writer))
+               or first_disk_error(lambda: is_main() and _complete(partial, final, step, values)))
     if problem:
         say(f"warning: no checkpoint of step {step} in {folder} ({problem}); earlier ones are untouched")
     if is_main():
@@ -122,7 +122,7 @@ def save(run, baseline, log, step):
     return not problem
 
 
-def first_problem(action):
+def first_disk_error(action):
     """Runs `action` on every rank. Returns, on all of them, the first rank's disk error as text, or None.
 
     All ranks must know of it, or those without an error would wait for the others in the next collective.
@@ -192,7 +192,7 @@ def resume(run, baseline):
     if path is None:
         say(f"{c.output}: no checkpoint yet, so this run starts at the beginning")
         return 0
-    if problem := first_problem(lambda: (path / "state.json").read_text()):
+    if problem := first_disk_error(lambda: (path / "state.json").read_text()):
         raise InputError(f"{path}: cannot be read on every rank ({problem}); give an --output all nodes see")
     meta = json.loads((path / "state.json").read_text())
     theirs, ours = meta["values"]["algorithm"], type(baseline).__name__

@@ -72,12 +72,13 @@ class CommandLine:
     """Base of a config dataclass whose fields are the options.
 
     A field that is not given, on the command line or in Python, takes the first of these defaults: what the
-    model's own run was trained with (if `model` is the folder of a run, and the option not in `OWN`),
-    `BUILTIN` (if it is the built-in model, or was trained on its task), and the option's own.
+    model's own run was trained with (if `model` is the folder of a run, and the option not in
+    `NOT_INHERITED`), `BUILTIN` (if it is the built-in model, or was trained on its task), and the option's
+    own.
     """
 
-    OWN, BUILTIN = (), {}
-    TYPED = ()  # options that let code run, which no file of a run may bring along
+    NOT_INHERITED, BUILTIN = (), {}
+    MUST_BE_TYPED = ()  # options that let code run, which no file of a run may bring along
 
     def __post_init__(self):
         own, options = self.defaults(), {}
@@ -102,12 +103,13 @@ class CommandLine:
         if model and (Path(model).resolve().is_relative_to(BUILTIN_MODEL) or task == "chain"):
             defaults |= self.BUILTIN
         missing = [name for name in own if getattr(self, name) is None]
-        for name in self.TYPED:
+        for name in self.MUST_BE_TYPED:
             if name in missing and options.get(name):
                 raise InputError(f"{run}: was trained with --{name} {options[name]}; type it again, because "
                                  f"it runs code (or --{name} '' for none)")
+        stays = {*self.NOT_INHERITED, *self.MUST_BE_TYPED}
         brought = {name: options[name] for name in missing
-                   if name not in (*self.OWN, *self.TYPED) and options.get(name) is not None}
+                   if name not in stays and options.get(name) is not None}
         for name in missing:
             setattr(self, name, {**defaults, **brought}[name])
         for field in dataclasses.fields(self):

@@ -80,10 +80,10 @@ class TrainConfig(CommandLine):
 
     # `CommandLine` in cli.py uses these three. A model that a run has trained brings that run's options along
     # as defaults. But not these, which belong to one run or one machine, or let code run.
-    OWN = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
+    NOT_INHERITED = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
            "micro_batch_tokens", "replicas", "offload", "resume", "samples", "tensorboard", "wandb",
            "deterministic", "explain", "trust_remote_code")
-    TYPED = ("reward",)
+    MUST_BE_TYPED = ("reward",)
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
         steps=70, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2.5e-4, lr_decay=0.7,

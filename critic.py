@@ -51,7 +51,7 @@ class ValueModel(nn.Module):
     def __init__(self, model, trust_remote_code=False):
         super().__init__()
         self.backbone = load("AutoModel", model, trust_remote_code)
-        self.head = nn.Linear(self.backbone.config.get_text_config().hidden_size, 1, bias=True)
+        self.head = nn.Linear(self.backbone.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)  # a logit of 0, V = 1/2 for every prompt, until something is known
         nn.init.zeros_(self.head.bias)
 
@@ -86,8 +86,8 @@ class PromptCritic(ShardedModel):
         return [render(p.messages, self.tokenizer) for p in problems]
 
     def forward(self, prompts):
-        """Logits of V [b] for lists of token ids, with gradient. Without prompts it returns [0] and
-        still runs the model, since all ranks must gather weights together."""
+        """Logits of V [b] for lists of token ids, with gradient. Without prompts it returns an empty
+        tensor, and still runs the model, since all ranks must gather weights together."""
         rows = prompts or [[0]]
         ids = pad_sequence([torch.tensor(prompt) for prompt in rows], batch_first=True)
         last = torch.tensor([i * ids.shape[1] + len(prompt) - 1 for i, prompt in enumerate(rows)])
@@ -115,7 +115,7 @@ class PromptCritic(ShardedModel):
 
 # ---- does the critic know which prompts are solvable? ------------------------------------------------------
 
-def calibration(values, rewards):
+def value_metrics(values, rewards):
     """How well V [B], in (0, 1), predicted the rewards [B] that it had not seen: BCE, AUC and explained
     variance. (log.py adds `critic/skill`, which needs the rewards of earlier steps.)"""
     return {"critic/bce": F.binary_cross_entropy(values, rewards).item(),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from cli import BUILTIN_MODEL, InputError, say
+from cli import BUILTIN_MODEL, CommandLine, InputError, say
 from machine import first_line, from_rank_0
 from reward import last_boxed
 
@@ -32,6 +32,8 @@ DAPO_WORDING = re.compile(
     r'|\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")  # of files
+
+CHAIN = 8192  # rows of the built-in task to train on; on those after them, eval.py evaluates
 
 # A row is read by the first of these fields that it has.
 PROMPT_FIELDS = ("problem", "question", "prompt")
@@ -53,7 +55,7 @@ class Problem:
 def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False):
     """All problems of `spec`, in their source's order, duplicates removed:
 
-        chain or chain:SIZE         the built-in task: the first 8,192 rows of builtin/chain.jsonl, or SIZE
+        chain or chain:SIZE         the built-in task: the first CHAIN rows of builtin/chain.jsonl, or SIZE
         FILE                        one problem a row: ENDINGS; a .json file has a list of rows
         HUB/NAME[/CONFIG][:SPLIT]   a hub dataset; the split is `train` unless named
 
@@ -65,9 +67,9 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
     name, _, argument = spec.partition(":")
     fields = {*FIELDS, prompt_field, answer_field}
     if name == "chain" and (not argument or argument.isdigit()):
-        rows = [*islice(file_rows(Path(BUILTIN_MODEL, "chain.jsonl")), int(argument or 8192))]
-        if len(rows) < int(argument or 0):
-            raise InputError(f"{spec}: the built-in task has {len(rows)} rows; ask for no more")
+        if int(argument or 0) > CHAIN:
+            raise InputError(f"{spec}: the built-in task has {CHAIN:,} rows to train on; ask for no more")
+        rows = islice(file_rows(Path(BUILTIN_MODEL, "chain.jsonl")), int(argument or CHAIN))
         prompt_field = answer_field = None
     else:
         file = file_of(spec)
@@ -224,8 +226,10 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_S
 
 
 def write_problems(path, problems, c):
-    """Writes Problems as a file that `load_problems` reads with the same options `c`."""
-    rows = ({c.prompt_field or "prompt": p.messages, c.answer_field or "answer": p.answer} for p in problems)
+    """Writes Problems as a file that `load_problems` reads with the same options `c`, with their rows in the
+    dataset."""
+    rows = ({"row": p.id, c.prompt_field or "prompt": p.messages, c.answer_field or "answer": p.answer}
+            for p in problems)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -258,9 +262,19 @@ def training_problems(c, tokenizer):
     return split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
 
 
+def trained_on(run, held_out, c):
+    """How many of the held-out problems a run (its folder) has trained on: those of the same dataset that it
+    did not hold out."""
+    file, options = Path(run, "held_out.jsonl"), CommandLine.options_of(Path(run))
+    if options.get("dataset") != c.dataset or not file.exists():
+        return 0
+    kept = {json.loads(line).get("row") for line in file.read_text().splitlines()}
+    return 0 if None in kept else sum(p.id not in kept for p in held_out)  # older files do not tell the rows
+
+
 def drop_unverifiable(problems, held_out, verifier, dataset):
-    """Removes from both lists the problems whose gold answer is empty or cannot be read: hardly a response
-    could be right. Raises InputError if these are more than 1 %.
+    """Removes from both lists the problems whose gold answer is empty or cannot be read: no response could be
+    marked right. Raises InputError if these are more than 1 %.
 
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
     on the same problems.

@@ -24,7 +24,7 @@ import numpy as np
 import torch.distributed as dist
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, run_of, say
-from data import BOXED_SUFFIX, ENDINGS, check_model, load_problems, load_tokenizer, reading, render
+from data import BOXED_SUFFIX, CHAIN, ENDINGS, check_model, load_problems, load_tokenizer, reading, render
 from engines import make_engine
 from log import progress
 from machine import check_ranks, compute_dtype, init_distributed
@@ -120,10 +120,10 @@ def load_benchmark(name, c):
     """The problems of a benchmark by name, of a file, or of anything else that `load_problems` reads. c: the
     options, of which --prompt-field and --answer-field count for what is no benchmark with a name."""
     options = reading(c)
-    if name in BENCHMARKS:
+    if name in BENCHMARKS or name == "chain":
         options |= dict(prompt_field=None, answer_field=None)
     if name == "chain":  # problems that no training run on `chain` has seen
-        return [p for p in load_problems("chain:8800", **options) if p.id >= 8192][:256]
+        return [p for p in load_problems(f"{BUILTIN_MODEL}/chain.jsonl", **options) if p.id >= CHAIN][:256]
     if name not in BENCHMARKS and not set(name) & set("/.:"):
         raise InputError(f"{name}: no such benchmark; give one of {', '.join([*BENCHMARKS, 'chain'])}, "
                          "a file, or HUB/NAME")
@@ -218,7 +218,7 @@ def read_rollouts(path):
 
 def load_eval_benchmarks(c, tokenizer):
     """{name: problems} of a training script's --eval-benchmarks."""
-    benchmarks = {name: load_benchmark(name, c) for name in c.eval_benchmarks} if c.eval_every else {}
+    benchmarks = {name: load_benchmark(name, c) for name in c.eval_benchmarks}
     for name, problems in benchmarks.items():
         longest = max(len(render(p.messages, tokenizer)) for p in problems)
         if longest > c.max_prompt_tokens:
@@ -279,9 +279,9 @@ class EvalConfig(CommandLine):
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
     # As in sppo.py: what the model of a run does not bring along.
-    OWN = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
+    NOT_INHERITED = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
            "trust_remote_code")
-    TYPED = ("reward",)
+    MUST_BE_TYPED = ("reward",)
     # The built-in model makes mistakes only at the temperature that it is trained at.
     BUILTIN = dict(
         benchmarks=("chain",), temperature=1.0, top_p=1.0, max_response_tokens=112, dtype="float32")

@@ -24,7 +24,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cli import InputError
-from rollout import Batch, Problem, Response
+from data import Problem
+from engines import Response
+from rollout import Batch
 
 MAX_AGE = 8  # steps: older responses are waited for
 
@@ -53,7 +55,7 @@ class InFlight:
         c, count = self.config, self.config.prompts_per_step
         trained_on = (step - 1) * count
         room = min(math.ceil(count * (1 + c.oversample)), c.steps * count - trained_on) - len(self.started)
-        if c.oversample and room > 0:
+        if room > 0:
             problems = baseline.next_problems(trained_on + len(self.started), room)
             with self.sampler.clock("critic"):
                 expected = baseline.expect(problems)

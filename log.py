@@ -2,7 +2,7 @@
 
     OUTPUT/metrics.jsonl    an object a step: all that was measured (docs/running.md explains each)
     OUTPUT/samples.jsonl    an object a response: the first of each step, with reward, V and advantage
-    OUTPUT/curves.png       both, drawn when the run ends
+    OUTPUT/curves.png       metrics.jsonl as curves, drawn when the run ends
 
 `Clock` measures the phases of a step. `progress` draws the running phase on a terminal. `Log` writes the
 files and a line a step, and sends the same to TensorBoard or Weights & Biases. Nothing here changes what is
@@ -64,14 +64,15 @@ class Progress:
     @contextlib.contextmanager
     def phase(self, name, rows=None, **options):
         """rows: how many responses (or prompts) this rank will do, if that is known. options: tqdm's."""
-        self.tokens, self.since = 0, time.time()
+        self.tokens, self.since = 0, time.monotonic()
         options = dict(leave=False, delay=10, disable=None if is_main() else True) | options
         with tqdm(desc=name, total=rows, unit="row", dynamic_ncols=True, miniters=0, **options) as self.bar:
             yield self.bar
 
     def add(self, rows=0, tokens=0):
         self.tokens += tokens
-        self.bar.set_postfix_str(f"{self.tokens / (time.time() - self.since):,.0f} tokens/s", refresh=False)
+        seconds = max(time.monotonic() - self.since, 1e-3)
+        self.bar.set_postfix_str(f"{self.tokens / seconds:,.0f} tokens/s", refresh=False)
         self.bar.update(rows)  # draws at most ten times a second
 
 
@@ -151,6 +152,7 @@ class Log:
         self.lines = Lines(folder / "metrics.jsonl", resumed_after)
         self.sample_lines = Lines(folder / "samples.jsonl", resumed_after)
         earlier = self.lines.read()
+        self.line = earlier[-1] if earlier else {}
         self.first = next((line for line in earlier if "eval_accuracy" in line), None)
         self.rewards = [line["reward"] for line in earlier if "reward" in line]  # each step's mean
         self.gaps = [gap for line in earlier if (gap := line.get("policy/rollout_gap")) is not None][:1]
@@ -190,9 +192,7 @@ class Log:
                 if "critic/bce" in line:
                     line["critic/skill"] = skill(line["critic/bce"], line["reward"], self.rewards)
                 self.rewards.append(line["reward"])
-            # JSON has no infinity and no NaN.
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            samples = [{"step": step, **s} for s in self.samples]
+            line, *samples = map(finite, (line, *({"step": step, **s} for s in self.samples)))
             self.lines.write(line)
             self.sample_lines.write(*samples)
             self._send(step, line, samples)
@@ -287,6 +287,11 @@ class Log:
             if holds and text not in self.warned:
                 say(f"warning: {text}")
         self.warned = {text for text, holds in warnings.items() if holds}
+
+
+def finite(line):
+    """A dictionary with None for infinity and NaN, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
 def skill(bce, reward, earlier, window=8):

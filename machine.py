@@ -108,7 +108,7 @@ def compiles():
             and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 
 
-OTHERS = "choose another model (docs/running.md says which families were tried)"
+ANOTHER_MODEL = "choose another model (docs/running.md says which families were tried)"
 
 
 def first_line(error):
@@ -166,7 +166,7 @@ def skeleton(auto, model, trust_remote_code, tied=True):
     except Exception as error:  # each architecture has its own way to say that it cannot
         why = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
         raise InputError(f"{model}: a model of type {config.model_type} cannot be trained here ({why[:200]});"
-                         f" {OTHERS}") from None
+                         f" {ANOTHER_MODEL}") from None
 
 
 def load(auto, model, trust_remote_code):

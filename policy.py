@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cli import InputError
-from machine import OTHERS, checkpoint_tensors, compiles, first_line, from_rank_0, load, skeleton
+from machine import ANOTHER_MODEL, checkpoint_tensors, compiles, first_line, from_rank_0, load, skeleton
 from sharded import ShardedModel, pad, unflatten
 
 # What Gemma, Cohere and others do to their logits, which `ChunkedLogProbs` does not.
@@ -41,7 +41,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def logits(hidden, weight):
         """hidden @ weight.T [n, V]. A GPU adds up in float32, and there the sums are not rounded to bfloat16.
-        vLLM's are not either (engines.py). A CPU has no such product."""
+        vLLM's are not either (engines.py). On a CPU, torch.mm has no out_dtype."""
         if hidden.is_cuda:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         return hidden @ weight.T
@@ -74,7 +74,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         ctx.temperature, ctx.rows = temperature, max(1, CHUNK_ELEMENTS // weight.shape[0])
         ctx.compiled = compiled if compile else lambda function: function
         chosen = ctx.compiled(ChunkedLogProbs.chosen)
-        parts = [chosen(ChunkedLogProbs.logits(h, weight), target.clone(),  # since views are compiled anew
+        parts = [chosen(ChunkedLogProbs.logits(h, weight), target.clone(),  # a view is compiled anew
                         temperature, with_entropy)
                  for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True)]
         logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
@@ -137,7 +137,7 @@ def check_output_layer(model, trust_remote_code=False):
     scales = [key for key in OUTPUT_SCALES if getattr(config, key, None) not in (None, 0, 1)]
     if head is None or head.bias is not None or scales:
         raise InputError(f"{model}: its output layer has {scales[0] if scales else 'a bias'}, which is not "
-                         f"computed here; {OTHERS}")
+                         f"computed here; {ANOTHER_MODEL}")
 
 
 class Policy(ShardedModel):
@@ -171,17 +171,17 @@ class Policy(ShardedModel):
         return self.infer(lambda rows: self.forward(rows)[0], sequences,
                           [len(p) + len(r) for p, r in sequences], (len(sequences), width))
 
-    def check_engine(self, batch, engine):
+    def check_engine(self, batch, engine, continued=False):
         """Reads again some of what `engine` has sampled with the present weights. Both should compute the
         same log-probabilities. Raises InputError if they differ by more than rounding: then the run would
-        train on something else than it samples, and nothing else would show it."""
+        train on something else than it samples, and nothing else would show it. continued: some responses
+        were begun by an earlier policy, as where a run resumes with --oversample."""
         first = [i for i, p in enumerate(batch.problems) if i == 0 or p is not batch.problems[i - 1]]
         rows = first[: max(16, dist.get_world_size())]  # of as many engines as there are
         ours = self.logprobs([batch.sequences[i] for i in rows])
         gaps = (ours - batch.rollout_logprobs[rows, : ours.shape[1]]).abs()[batch.mask[rows, : ours.shape[1]]]
-        # Measured: 1e-6 in float32, 0.02 to 0.06 in bfloat16. A run that resumes with --oversample goes on
-        # with responses that an earlier policy began.
-        bound = 0.02 if self.dtype == torch.float32 and batch.expected is None else 0.2
+        # Measured: 1e-6 in float32, 0.02 to 0.06 in bfloat16.
+        bound = 0.02 if self.dtype == torch.float32 and not continued else 0.2
         if not gaps.mean() <= bound:
             raise InputError(
                 f"{self.model}: the trainer's log-probabilities differ from those of {engine.name}, which "

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import InputError, clear_errors, option
-from critic import ValueModel, auc, calibration
+from critic import ValueModel, auc, value_metrics
 from data import check_model, load_tokenizer
 from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
@@ -126,7 +126,7 @@ class PPO(Baseline):
 
     def update(self, batch):
         # V(s_0) has read the prompt alone, like SPPO's. With squared errors it may lie outside of (0, 1).
-        return {**calibration(self.values[:, 0].clamp(0.01, 0.99), batch.rewards),
+        return {**value_metrics(self.values[:, 0].clamp(0.01, 0.99), batch.rewards),
                 **tail_effect(self.values, batch.lengths, batch.rewards),
                 **self.critic.update(batch, self.values, self.returns)}
 

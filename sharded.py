@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cli import InputError
 from log import progress
-from machine import OTHERS, TIMEOUT, first_line, use_all_cores
+from machine import ANOTHER_MODEL, TIMEOUT, first_line, use_all_cores
 
 # ---- from rank 0 to all ------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def broadcast_from_rank_0(module, device):
     """Gives all ranks rank 0's parameters (as float32) and buffers, in full, on `device`; skips what is
     sharded already. Buffers that no checkpoint has are sent too: rotary frequencies are computed when a model
     is made, which a model on `meta` cannot do."""
-    from torch.distributed.tensor import DTensor  # here, for it takes a second, which --help need not wait
+    from torch.distributed.tensor import DTensor  # here: it takes a second, and --help should not wait for it
     new = {}  # old tensor -> new one: tied weights, one tensor under two names, stay tied
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -92,7 +92,7 @@ def micro_batches(lengths, budget):
 
 def pad(sequences, device):
     """b (prompt ids, response ids) pairs as tensors: ids [b, L], padded on the right; scored [mask.sum()];
-    mask [b, T], T the longest response. Without pairs, ids has one made-up row, which nothing is scored of.
+    mask [b, T], T the longest response. Without pairs, ids has one dummy row, of which no token is scored.
 
     `scored` are the positions in ids.flatten() whose outputs predict the response's tokens, from the
     prompt's last token on. They are positions and not a mask, since selecting by a mask makes the
@@ -314,7 +314,7 @@ class ShardedModel:
             raise
         except Exception as error:  # each architecture has its own way to fail
             raise InputError(f"{model}: it cannot be run here ({type(error).__name__}: {first_line(error)}); "
-                             f"{OTHERS}") from error
+                             f"{ANOTHER_MODEL}") from error
         finally:
             self.backbone.forward = forward
         alone, beside, again = states
@@ -324,7 +324,7 @@ class ShardedModel:
             change = ((other - alone).norm(dim=-1) / alone.norm(dim=-1)).mean().item()
             if not change <= bound:
                 raise InputError(f"{model}: a row {what} (its hidden states change by {change:.1%}), and so "
-                                 f"could not be trained on; {OTHERS}")
+                                 f"could not be trained on; {ANOTHER_MODEL}")
 
     # ---- checkpoints and the engine ----
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cli import InputError, clear_errors, option, say
-from critic import calibration
+from critic import value_metrics
 from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class SPO(Baseline):
 
     def update(self, batch):
         self.tracker.update([p.id for p in batch.problems], batch.rewards.tolist(), self.distance)
-        return {**calibration(self.values, batch.rewards),
+        return {**value_metrics(self.values, batch.rewards),
                 # Responses that were sampled before step 1, of which `reward` and lengths know nothing.
                 "tracker/init_samples": self.run.config.init_samples * len(self.run.problems),
                 "tracker/distance": self.distance.mean(),

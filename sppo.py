@@ -13,17 +13,20 @@ Then subtract what a scalar critic expected, which reads the prompt alone:
               where A < 0: the larger of this and 3 A        (the dual clip, --dual-clip)
     fit V with binary cross-entropy against R
 
-So it is in the paper. For the built-in model, some settings differ (`BUILTIN` in config.py).
+This is the paper's algorithm. For the built-in model, some settings differ (`BUILTIN` in config.py).
 
 There is no group of samples per prompt as in GRPO, and no value per token as in PPO. There is no KL penalty
-either, and so no reference model: the reward is checked by a program, which the policy cannot please by
-drifting into nonsense, and the clip limits each step. The paper's runs have none.
+either, and so no reference model: a program checks each answer, so there is no learned reward model that the
+policy could exploit, and the clip limits each step. The paper's runs have none. (What a response says before
+its answer is not checked.)
 
 Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, all in this file. Then
 critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
 spo.py) import the loop from here and define their own baseline.
 """
 import contextlib
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +35,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import data
-from cli import InputError, clear_errors, is_main, say
+from cli import InputError, clear_errors, is_main, run_of, say
 from config import TrainConfig
-from critic import PromptCritic, calibration
+from critic import PromptCritic, value_metrics
 from engines import make_engine
 from eval import evaluate_policy, load_eval_benchmarks
 from inflight import InFlight
@@ -140,7 +143,8 @@ class Run:
 
 
 class Baseline:
-    """What differs between algorithms. A new one defines `advantages`, and `update` if it learns."""
+    """What differs between algorithms. A new one defines `advantages`. If it learns, it also defines
+    `update`, and `state_dict` with `load_state_dict`: else --resume starts what it has learned anew."""
     samples_per_prompt = 1
     wants_greedy = False  # also sample each prompt's greedy response, in the same pass of the engine
     critic = None  # a ShardedModel that this baseline trains, if it does
@@ -200,7 +204,7 @@ class SPPO(Baseline):
         return sequence_advantages(batch.rewards, logits)
 
     def update(self, batch):
-        before = calibration(self.values, batch.rewards)
+        before = value_metrics(self.values, batch.rewards)
         return {**before, **self.critic.update(self.prompts, batch.rewards)}
 
     def expect(self, problems):
@@ -240,14 +244,15 @@ def training_loop(run, baseline, log, last_step):
             batch = run.sampler.sample(problems, baseline.samples_per_prompt, baseline.wants_greedy)
         engine.sleep()
         if step == last_step + 1:
-            policy.check_engine(batch, engine)
+            policy.check_engine(batch, engine, continued=bool(c.oversample and last_step))
 
-        # 2. pi_old, for the ratio. With a single mini-batch it is the policy itself: nothing to compute.
+        # 2. pi_old, for the ratio. With a single mini-batch it is the policy itself: nothing to compute. Nor
+        # while the policy does not learn yet.
         minibatch_size = c.minibatch * baseline.samples_per_prompt  # responses in a mini-batch
         with clock("logprobs"):
             if c.old_logprobs == "rollout":
                 batch.old_logprobs = batch.rollout_logprobs
-            elif minibatch_size < len(batch.responses):
+            elif minibatch_size < len(batch.responses) and step > c.critic_warmup:
                 batch.old_logprobs = policy.logprobs(batch.sequences)
 
         # 3. The advantage: the reward minus the baseline.
@@ -265,7 +270,7 @@ def training_loop(run, baseline, log, last_step):
         # 5. The baseline learns from what happened.
         with clock("critic"):
             learned = baseline.update(batch)
-        if c.oversample:  # V of the next prompts is asked now, while the engine sleeps: that needs memory
+        if c.oversample:  # asks V of the next prompts while the engine sleeps: the critic needs memory
             run.in_flight.start(baseline, step + 1)
 
         # 6. The engine takes the new weights.
@@ -346,7 +351,7 @@ def train(config, make_baseline):
             return run_training(config, make_baseline, closing)
         except BaseException:
             if dist.is_initialized() and dist.get_world_size() > 1:
-                closing.pop_all()  # torchrun ends all ranks: to close this one's parts, it could have to wait
+                closing.pop_all()  # torchrun ends all ranks; closing could wait for the others for ever
             raise
 
 
@@ -373,6 +378,9 @@ def run_training(c, make_baseline, closing):
     run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device), closing)
     baseline = make_baseline(run)
     checkpoint.check_state(baseline)
+    if c.oversample and (baseline.samples_per_prompt > 1 or baseline.wants_greedy):
+        raise InputError(f"--oversample {c.oversample}: {type(baseline).__name__} compares the responses to "
+                         "a prompt, so it must wait for all of them; leave it out")
     # The engine comes last: on a GPU it takes what the models leave free, as it will when they have trained.
     run.engine = make_engine(c, c.model, tokenizer, device, c.max_prompt_tokens + c.max_response_tokens)
     closing.callback(run.engine.close)  # before the process group, which vLLM may end itself
@@ -396,18 +404,27 @@ def begin(run, baseline):
         if is_main():
             run.closing.enter_context(checkpoint.lock(c.output))
 
+    log = None
+
     def start_files():
         nonlocal log
         log = Log(c, step)
         if is_main():  # eval.py evaluates the trained model on what was held out here
             data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c)
 
-    log = None
-    if problem := checkpoint.first_problem(lock):  # of the disk, on any rank
-        raise InputError(f"{c.output}: {problem}")
+    if error := checkpoint.first_disk_error(lock):
+        raise InputError(f"{c.output}: {error}")
     step = checkpoint.resume(run, baseline)
-    if problem := checkpoint.first_problem(start_files):
-        raise InputError(f"{c.output}: cannot be written ({problem})")
+    earlier = c.output if step else run_of(c.model)  # a run that trained this policy
+    seen = from_rank_0(lambda: data.trained_on(earlier, run.held_out, c)) if earlier else 0
+    if seen:
+        about = (f"{earlier}: has trained on {seen} of the {len(run.held_out)} problems that would be held "
+                 "out now; give the --seed, --eval-problems and --max-prompt-tokens that it had")
+        if step:
+            raise InputError(about)
+        say(f"warning: {about}, or accuracy will be too high")
+    if error := checkpoint.first_disk_error(start_files):
+        raise InputError(f"{c.output}: cannot be written ({error})")
     say(f"{type(run.policy.module.lm).__name__}, {run.policy.size / 1e6:,.2f}M parameters, from {c.model}; "
         f"{c.dtype}; engine {run.engine.name}; {dist.get_world_size()} x {run.device.type}; "
         f"{len(run.problems):,} problems of {c.dataset}, {len(run.held_out)} more held out")
@@ -417,14 +434,22 @@ def begin(run, baseline):
 def finish(run, log):
     """Saves the model for transformers and vLLM, and says what happened. Returns what `train` does."""
     c, folder = run.config, f"{run.config.output}/model"
+    partial = f"{folder}.partial"  # a run that is killed here leaves nothing that looks like a model
+
+    def complete():
+        if is_main():
+            run.tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
+
     if log.step == c.steps:
-        first_problem = checkpoint.first_problem
-        problem = (first_problem(log.sync) or first_problem(lambda: run.policy.save(folder))
-                   or first_problem(lambda: is_main() and run.tokenizer.save_pretrained(folder)))
-        if problem:
+        first_disk_error = checkpoint.first_disk_error
+        error = (first_disk_error(log.sync) or first_disk_error(lambda: run.policy.save(partial))
+                 or first_disk_error(complete))
+        if error:
             advice = ("make room, and run the same command with --resume" if checkpoint.existing(c.output)
                       else "there is no checkpoint: this training is lost")
-            raise InputError(f"{folder}: the trained model could not be saved ({problem}); {advice}")
+            raise InputError(f"{folder}: the trained model could not be saved ({error}); {advice}")
     log.finish(run.tokenizer, run.clock.total)
     return log.line, folder if log.step == c.steps else None
 

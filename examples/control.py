@@ -159,8 +159,8 @@ class Policy(nn.Module):
         return Independent(Normal(outputs, self.log_std.exp()), 1)  # its log_prob sums over the D' numbers
 
     def to_env(self, actions):
-        """The policy's -1 to 1 are all numbers that the environment allows. (log_prob is of what was sampled,
-        before it is cut to them.)"""
+        """Scales -1 to 1 to what the environment allows, from -limit to limit. (log_prob is of what was
+        sampled, before it is cut to -1 to 1.)"""
         return actions.numpy() if self.limit is None else actions.clamp(-1, 1).numpy() * self.limit
 
 
@@ -293,21 +293,22 @@ def train_expert(task, seed, updates=1000):
     task = replace(task, horizon=min(task.horizon, task.expert_horizon))
     curve = train(task, policy, ppo, updates, seed, lr=task.expert_lr,
                   stop=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
-    print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward.")
+    print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward, and "
+          f"succeeds in {sum(curve[-5:]) / 5:.0%}.")
     return policy
 
 
 def clone(task, expert, seed, target):
     """A policy that imitates the expert's successes, until it succeeds itself in a share `target` of 32
-    trajectories: a perfect clone would leave nothing to learn. (It ends at the first such 32, which were also
-    lucky: later ones succeed less often.)"""
+    trajectories: a perfect clone would leave nothing to learn. (Its true share is lower, because the first 32
+    that reach the target were partly lucky.)"""
     torch.manual_seed(seed)
     envs, policy = task.make(DEMONSTRATIONS, seed + 1000), Policy(task)
     shown = sample(task, envs, expert)
     if not shown.success.any():
         raise SystemExit(f"The expert of seed {seed} never succeeds: give another --seed")
-    kept = (shown.mask * shown.success[:, None]).bool()  # [B, T]: the steps of successful trajectories
-    states, actions = shown.states[kept], shown.actions[kept]
+    imitated = (shown.mask * shown.success[:, None]).bool()  # [B, T]: the steps of successful trajectories
+    states, actions = shown.states[imitated], shown.actions[imitated]
     optimizer = torch.optim.Adam(policy.parameters(), 3e-4)
     for steps in range(30_000):
         if steps % (3 if steps < 300 else 100) == 0:  # not each time: sampling costs more than the step

@@ -85,7 +85,7 @@ def test_what_a_run_holds_out_is_read_again(tmp_path):
     ("/nowhere/x.csv", "no such file"), ("./x.jsonl", "no such file"), ("~/no/such/x", "no such file"), ("problems", "no such file"),
     ("FOLDER", "is a folder; give a file that ends with .jsonl"), ("FOLDER/x.tsv", "is of a kind that is not read; give a file that ends"),
     ("FOLDER/x.json", "is a dict, not a list"), ("FOLDER/y.json", "an object a line is .jsonl"), ("FOLDER/x.gz.jsonl.gz", "cannot be read"),
-    ("FOLDER/x.csv", "row 1: has no problem; it has the fields a, b"), ("chain:10000000", "the built-in task has 8800 rows"),
+    ("FOLDER/x.csv", "row 1: has no problem; it has the fields a, b"), ("chain:8193", "the built-in task has 8,192 rows to train on"),
     ("chain:many", "must be a number, as in chain:1280"), ("FOLDER/latin.csv", "is not UTF-8 (byte 16)"),
     ("FOLDER/list.jsonl", "row 1: its answer is a list; give text or a number")])
 def test_what_is_no_file_of_problems_is_named(tmp_path, spec, message):

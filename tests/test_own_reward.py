@@ -13,7 +13,7 @@ from conftest import ROOT, metrics, run, started
 from test_eval import line
 
 from cli import BUILTIN_MODEL
-from critic import auc, calibration
+from critic import auc, value_metrics
 from data import BOXED_SUFFIX, load_problems, load_tokenizer
 from eval import best_of_k, pass_at_k, per_problem
 from grpo import group_advantages
@@ -141,7 +141,7 @@ def test_metrics_of_training():
     assert auc(values, rewards) == pytest.approx(naive)
     assert auc(values, np.full(4, 0.5)) is None
     surprise = [-r * math.log(v) - (1 - r) * math.log(1 - v) for v, r in zip(values, rewards, strict=True)]
-    known = calibration(torch.tensor(values), torch.tensor(rewards))
+    known = value_metrics(torch.tensor(values), torch.tensor(rewards))
     assert known["critic/bce"] == pytest.approx(sum(surprise) / 4)
     constant = -sum(r * math.log(0.4) + (1 - r) * math.log(0.6) for r in rewards) / 4
     assert skill(known["critic/bce"], rewards.mean(), [0.3, 0.5]) == pytest.approx(1 - known["critic/bce"] / constant)

@@ -103,7 +103,9 @@ def verdicts(**changed):
 
 def test_verdicts_follow_from_results():
     alike, low, high = verdicts(), (0.5, 0.52, 0.48), (0.9, 0.92, 0.88)
-    assert alike["SPPO ends as high as GRPO"] == "yes" and alike["A small critic is enough"] == "yes"
+    assert alike["SPPO ends as high as GRPO"] == alike["A small critic is enough"] == "yes (no difference seen)"
+    assert verdicts(GRPO=low)["SPPO ends as high as GRPO"] == "yes"
+    assert verdicts(**{"SPPO, small critic": high})["A small critic is enough"] == "yes"
     assert alike["PPO with BCE collapses"] == alike["SPO ends above GRPO"] == "no"
     assert alike["GRPO's groups come to have equal rewards"] == "no"
     assert verdicts(GRPO=high)["SPPO ends as high as GRPO"] == "no"

@@ -188,7 +188,9 @@ def batch_table(runs):
         some = [run for run in runs if run["prompts"] == size]
         for name in names_in(some):
             seeds = of(some, name)
-            squares = [value for run in seeds for value in run["metrics"].get("advantage/variance", [])]
+            # Others divide their advantages by a standard deviation.
+            squares = [value for run in seeds for value in run["metrics"].get("advantage/variance", [])
+                       if name in (CONSTANT, "SPPO", ORACLE)]
             rows.append((f"{size}", name, seeds[0]["lr"], f"{len(seeds)}", cost_text(seeds, TARGET),
                          accuracy_text(seeds), f"{statistics.mean(squares):.3f}" if squares else ""))
     return markdown(("prompts per step", "algorithm", "learning rate", "seeds", f"responses to {TARGET}",
