@@ -10,6 +10,9 @@ import torch
 from conftest import ROOT, complaint, metrics, run
 
 import curves
+from cli import BUILTIN_MODEL
+from data import Problem, load_tokenizer
+from engines import Response
 from log import Lines, Log
 from reward import verify
 from sppo import SPPO, TrainConfig, train
@@ -86,10 +89,23 @@ def test_the_page_holds_the_samples_and_what_they_say_is_no_part_of_it(tmp_path,
     assert page.count("</script>") == 1 and "http" not in page
     (tmp_path / "samples.jsonl").write_text("")
     assert "has no sample" in complaint(main, [tmp_path, "--html"], capsys)
+    assert "--output is for the picture" in complaint(main, [tmp_path, "--html", "--output", "x.html"], capsys)
 
 
 def config(folder, **options):
     return TrainConfig(output=str(folder), steps=20, **options)
+
+
+def test_what_is_not_a_number_is_null_in_both_files(tmp_path):
+    batch = types.SimpleNamespace(responses=[Response([1], [-1.0], True)], rewards=torch.ones(1), problems=[
+        Problem(0, ({"role": "user", "content": "?"},), "1")])
+    log = Log(config(tmp_path))
+    log.add({"reward": 1.0, "critic/bce": float("nan")})
+    log.sampled(batch, torch.tensor([float("inf")]), torch.tensor([float("nan")]), load_tokenizer(BUILTIN_MODEL))
+    log.write(1, 0.5)
+    [line], [sample] = ([json.loads(text, parse_constant=lambda name: pytest.fail(name)) for text in
+                         (tmp_path / name).read_text().splitlines()] for name in ("metrics.jsonl", "samples.jsonl"))
+    assert line["critic/bce"] is None and sample["advantage"] is None and sample["value"] is None
 
 
 @pytest.mark.parametrize("reward, sentence", [(0.0, "no response of the last 5 steps"), (1.0, "every response of the last 5 steps")])

@@ -193,7 +193,7 @@ def test_a_constant_in_the_critics_place(tmp_path):
 
 def test_an_oracle_in_the_critics_place(tmp_path):
     """What was predicted of the variance is what was measured, within the noise of 3 x 64 responses."""
-    done = run("examples/oracle.py", "--steps", "3", "--prompts-per-step", "64", "--minibatch", "32", "--engine", "transformers",
+    done = run("examples/oracle.py", "--steps", "3", "--prompts-per-step", "64", "--minibatch", "32", "--engine", "transformers", "--max-response-tokens", "48",
                "--eval-every", "0", "--samples", "all", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics(tmp_path) if line["step"]]

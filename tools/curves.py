@@ -41,6 +41,8 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     with clear_errors():
         try:
+            if given.html and given.output:
+                raise InputError("--output is for the picture; the page is RUN/samples.html")
             if given.html:
                 for run in given.runs:
                     say(write_page(run))
