@@ -11,7 +11,16 @@ from conftest import ROOT, complaint, metrics, run
 from checkpoint import lock
 from tools import claims, race, race_results
 from tools.race import main
-from tools.race_results import best_rates, cost_to, ratio_text, smooth, speed, student_interval
+from tools.race_results import (
+    best_rates,
+    by_batch,
+    cost_to,
+    difference,
+    ratio_text,
+    smooth,
+    speed,
+    student_interval,
+)
 
 
 def runner(name, seed, accuracy, seconds=None, lr="1", prompts=64):
@@ -84,6 +93,19 @@ def test_the_readmes_claims_and_verdicts_are_computed_from_the_committed_results
     assert claims.table() in (ROOT / "README.md").read_text()
     for row in claims.claims():
         assert all(len(cell) <= 60 for cell in row[:4]) and row[3].split(" (")[0] in {"yes", "no", "partly", "not run"}
+
+
+def test_the_first_screens_numbers_are_those_of_the_committed_results():
+    first = (ROOT / "README.md").read_text().split("make demo")[0]
+    results, half_rate = (json.loads((ROOT / folder / "race.json").read_text()) for folder in ("results", "results/batch16"))
+    at_256 = [run for run in by_batch(results) if run["prompts"] == 256]
+    assert f"GRPO needs {ratio_text(speed(at_256, 'responses', 0.7)['GRPO'])} times" in first
+    at_16 = [run for run in by_batch(results) if run["prompts"] == 16], half_rate["batches"]["runs"]
+    for runs in at_16:
+        mean, half = difference(runs, "SPPO", "a constant")
+        assert f"{mean:.3f} ± {half:.3f}" in first
+    below = [f"{difference(runs, 'SPPO', 'GRPO at equal responses')[0]:.3f}" for runs in at_16]
+    assert f"ends {below[0]} and {below[1]} below SPPO" in first
 
 
 def ends(name, *accuracy):

@@ -25,13 +25,14 @@ VARIATIONS = {
     "critic lr 1e-2": ({}, dict(critic_lr=1e-2), {}), "critic lr 1e-4": ({}, dict(critic_lr=1e-4), {}),
     "lr 3e-3": ({}, dict(lr=3e-3), {}), "clone at 0.02": ({}, {}, dict(target=0.02))}
 # (task, updates, seeds, variations, methods). The paper has 312 updates of CartPole, 1,250 of MountainCar,
-# 2,500 of Hopper, 1,875 of LunarLander and 2,500 of Pendulum. Here MountainCar is flat after 40, and the
-# others are cut short, because an update of theirs takes seconds.
+# 2,500 of Hopper, 1,875 of LunarLander and 2,500 of Pendulum. Here MountainCar is flat after 40 and
+# LunarLander after 350. Hopper is cut short, because an update takes seconds.
 PLAN = [("MountainCar", 40, range(3), [""], METHODS), ("CartPole", 312, range(3), [""], METHODS),
         ("MountainCar", 40, range(3), VARIATIONS, ["PPO"]),
         ("MountainCar", 40, range(3), ["lr 3e-3", "clone at 0.02"], ["SPPO"]),
         ("Pendulum", 200, range(1), [""], METHODS), ("Pendulum", 2500, range(1), [""], ["SPPO"]),
-        ("LunarLander", 60, range(1), [""], METHODS),
+        ("LunarLander", 380, range(3), [""], METHODS),
+        ("LunarLander", 120, range(3), ["clone at 0.02"], ["SPPO", "PPO", "batch mean"]),
         ("Hopper", 300, range(1), [""], ["SPPO", "PPO"])]
 
 
