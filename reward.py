@@ -208,8 +208,8 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A name in a subscript is a name, upright or not: K_{\text{eq}}, x_{\max}. E alone would be 2.718.
     (r"_\{\s*\\(?:text\s*\{(\w+)\}|(max|min))\s*\}", r"_{\1\2}"),
     (r"(?<![a-zA-Z\\])E_\{", "A_{E"),
-    # A point's name is left out: A(2,3).
-    (r"^\s*[A-Z]\s*(?=\([^()]*,[^()]*\)$)", ""),
+    # A point and its name: A(2,3) is A = (2,3).
+    (r"^\s*([A-Z])\s*(?=\([^()]*,[^()]*\)$)", r"\1="),
     # Repeated names of points, brackets around a base, Chinese units, C for binomials: 1011_{(2)}, 30元.
     (r"^(\([a-z, ]+\)\s*=)(.*)", lambda m: m[1] + m[2].replace(m[1], "")),
     (r"(?<=\d)_\{\((\d+)\)\}", r"_{\1}"),
