@@ -80,9 +80,10 @@ class TrainConfig(CommandLine):
 
     # `CommandLine` in cli.py uses these three. A model that a run has trained brings that run's options along
     # as defaults. But not these, which belong to one run or one machine, or let code run.
-    NOT_INHERITED = ("model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory",
-           "micro_batch_tokens", "replicas", "offload", "resume", "samples", "tensorboard", "wandb",
-           "deterministic", "explain", "trust_remote_code")
+    NOT_INHERITED = (
+        "model", "critic_model", "output", "engine", "tensor_parallel", "vllm_memory", "micro_batch_tokens",
+        "replicas", "offload", "resume", "samples", "tensorboard", "wandb", "deterministic", "explain",
+        "trust_remote_code")
     MUST_BE_TYPED = ("reward",)
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(

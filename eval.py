@@ -280,7 +280,7 @@ class EvalConfig(CommandLine):
 
     # As in sppo.py: what the model of a run does not bring along.
     NOT_INHERITED = ("model", "output", "samples", "seed", "engine", "tensor_parallel", "vllm_memory",
-           "trust_remote_code")
+                     "trust_remote_code")
     MUST_BE_TYPED = ("reward",)
     # The built-in model makes mistakes only at the temperature that it is trained at.
     BUILTIN = dict(

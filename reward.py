@@ -479,9 +479,10 @@ def different_units(a, b):
         return False
     from sympy.physics import units
     names, powers = zip(*found, strict=True)
-    if {*names} & {*_CURRENCY.values()}:
+    known, signs = [getattr(units, name, None) for name in names], {*_CURRENCY.values()}
+    if {*names} & signs and all(name in signs or len(name) <= 3 or isinstance(unit, units.Quantity)
+                                for name, unit in zip(names, known, strict=True)):  # not "million" or "each"
         return names[0] != names[1]
-    known = [getattr(units, name, None) for name in names]
     if all(isinstance(unit, units.Quantity) for unit in known):
         sizes = {(unit.scale_factor, unit.dimension) for unit in known}
         return len(sizes) == 2 or len({*powers} - {None}) == 2

@@ -73,13 +73,18 @@ def test_those_who_look_on_change_nothing(lesson, tmp_path):
 
 
 @pytest.mark.xdist_group("lesson")
-def test_after_a_kill_only_what_had_not_ended_is_run_again(lesson, monkeypatch):
+def test_after_a_kill_only_what_had_not_ended_is_run_again(lesson, monkeypatch, capsys):
     folder, data = lesson
+
+    def killed(config, _):
+        begun.append(config.seed)
+        raise KeyboardInterrupt
     command = "--output", folder / "again", "--seeds", "2", "--responses", "4", "--", *OPTIONS, "--output", folder / "run"
     begun = []
-    monkeypatch.setattr("tools.lesson.train", lambda config, _: begun.append(config.seed) or exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr("tools.lesson.train", killed)
     monkeypatch.setattr("tools.lesson.draw", lambda *_: None)
     main([str(word) for word in command])
+    assert capsys.readouterr().out.count("to train it anew, delete it") == 2
     assert not begun and json.loads((folder / "again/lesson.json").read_text()) == data
     (folder / "run/1/measured.json").rename(folder / "run/1/kept.json")
     with pytest.raises(SystemExit):

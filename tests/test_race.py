@@ -104,7 +104,7 @@ def test_the_first_screens_numbers_are_those_of_the_committed_results():
     for runs in at_16:
         mean, half = difference(runs, "SPPO", "a constant")
         assert f"{mean:.3f} ± {half:.3f}" in first
-    below = [f"{difference(runs, 'SPPO', 'GRPO at equal responses')[0]:.3f}" for runs in at_16]
+    below = ["{:.3f} ± {:.3f}".format(*difference(runs, "SPPO", "GRPO at equal responses")) for runs in at_16]
     assert f"ends {below[0]} and {below[1]} below SPPO" in first
 
 

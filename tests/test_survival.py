@@ -52,8 +52,7 @@ def test_killed_at_twenty_random_instants(tmp_path):
                  marks=pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")),
     ["sppo.py", "--offload", "between"], ["grpo.py"], ["ppo.py"], ["spo.py", "--init-samples", "1"]])
 def test_three_steps_a_kill_and_three_more_equal_six(tmp_path, command):
-    """The kill came when step 6 was logged, and its checkpoint was not yet written. So the same command gives the same
-    numbers, with each engine."""
+    """The kill came when step 6 was logged, and its checkpoint was not yet written."""
     command = [command[0], *SMALL, *command[1:], "--deterministic", "--steps", "6", "--save-every", "3", "--output"]
     done = run(*command, tmp_path / "a")
     assert done.returncode == 0, done.stderr

@@ -122,6 +122,16 @@ def test_oversampling_on_two_ranks(tmp_path):
     assert all(m["policy/kl"] < 0.1 for m in lines)  # pi_old is that of each token, not of another
 
 
+def test_the_same_command_gives_the_same_numbers(tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        done = run("sppo.py", *QUICK, "--deterministic", "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        runs.append([{k: v for k, v in m.items() if k != "seconds" and not k.startswith("time/")}
+                     for m in metrics(tmp_path / name)])
+    assert runs[0] == runs[1]
+
+
 def test_files_and_single_minibatch(tmp_path):
     """A .jsonl of one's own; with one mini-batch a step no old log-probabilities are computed, and the ratio is 1."""
     rows = [{"question": f"Compute {i}+{j} modulo 10.", "answer": str((i + j) % 10)} for i in range(10) for j in range(10)]

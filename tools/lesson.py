@@ -148,6 +148,7 @@ def one_run(seed, responses, extra):
     config.output, config.eval_every, baselines = f"{config.output}/{seed}", config.steps, []
     file, options = Path(config.output, "measured.json"), {"responses": responses, "extra": extra}
     if file.exists() and options.items() <= (kept := json.loads(file.read_text())).items():
+        say(f"From {file} (to train it anew, delete it).")
         return kept["measured"]
     shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
     Path(config.output, "metrics.jsonl").unlink(missing_ok=True)

@@ -225,7 +225,8 @@ def main(arguments=None):
                 return
             settings = {k: str(v).replace(f"{ROOT}/", "") for k, v in asdict(c).items()
                         if k not in ("output", "results", "redraw")}
-            commands, old = [shlex.join(["python", "-m", "tools.race", *arguments])], results.get(c.part, {})
+            command = shlex.join(["python", "-m", "tools.race", *arguments]).replace(f"{ROOT}/", "")
+            commands, old = [command], results.get(c.part, {})
             if old.get("extra") == extra:  # runs that this command did not ask for stay
                 runs = merged(old["runs"], runs)
                 commands = list(dict.fromkeys([*old.get("commands", []), *commands]))
