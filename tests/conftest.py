@@ -31,8 +31,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or each vLLM compiles, for 
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload([  # what cannot be imported is passed over
-    "eval", "grpo", "ppo", "spo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"])
+    "eval", "grpo", "ppo", "spo", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2", "vllm.entrypoints.llm", "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker", "vllm.v1.core.sched.scheduler",
+    "vllm.v1.attention.backends.cpu_attn", "vllm.model_executor.models.qwen2", "tests.frozen"])
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def test_they_learn_on_two_ranks(tmp_path, command, reports):
     lines = (ROOT / "builtin/chain.jsonl").read_text().splitlines(keepends=True)
     middle = [line for line in lines if 3 <= sum(map(line.count, "+-*")) <= 7]
     (tmp_path / "middle.jsonl").write_text("".join(middle[:528]))
-    done = run(*command, "--dataset", tmp_path / "middle.jsonl", "--eval-every", "6", "--eval-problems", "128", "--output", tmp_path, ranks=2)
+    done = run(*command, "--engine", "transformers", "--dataset", tmp_path / "middle.jsonl", "--eval-every", "6", "--eval-problems", "128", "--output", tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path)
     assert all(reports <= m.keys() for m in lines[1:])

@@ -62,6 +62,8 @@ def speed(runs, clock="seconds", target=None):
     for run in runs:
         contests.setdefault((run["prompts"], run["seed"]), {})[run["algorithm"]] = run
     for contest in contests.values():
+        if not {"SPPO", "GRPO"} <= contest.keys():  # this seed was given to some algorithms only
+            continue
         goal = target or NEAR * max(smooth(contest["GRPO"]["accuracy"]))
         sppo = cost_to(contest["SPPO"], goal, clock)
         for name, run in contest.items():
@@ -93,11 +95,13 @@ def protocols(results):
 
 
 def by_batch(results):
-    """The runs of --part batches, and those of the race at its one rate."""
-    race = results.get("race", {"runs": []})
-    return results.get("batches", {"runs": []})["runs"] + [
+    """The runs of --part batches, and those of the race at its one rate on seeds that the part has not."""
+    runs, race = list(results.get("batches", {"runs": []})["runs"]), results.get("race", {"runs": []})
+    there = {(run["algorithm"], run["seed"], run["prompts"]) for run in runs}
+    return runs + [
         run for run in race["runs"]
-        if run["algorithm"] in ("GRPO", EQUAL, *BASELINES) and run["lr"] == race["settings"]["lr"]]
+        if run["algorithm"] in ("GRPO", EQUAL, *BASELINES) and run["lr"] == race["settings"]["lr"]
+        and (run["algorithm"], run["seed"], run["prompts"]) not in there]
 
 
 def student_interval(values):
@@ -110,10 +114,11 @@ def student_interval(values):
 
 
 def difference(runs, name, other):
-    """(mean, half of its 95 % interval) of how much higher `name` ends than `other`, seed by seed: on a seed,
-    all meet the same held-out problems."""
-    pairs = zip(of(runs, name), of(runs, other), strict=True)
-    return student_interval([at_end(a) - at_end(b) for a, b in pairs])
+    """(mean, half of its 95 % interval) of how much higher `name` ends than `other`, over the seeds that both
+    have: on a seed, all meet the same held-out problems."""
+    others = {run["seed"]: at_end(run) for run in of(runs, other)}
+    return student_interval([at_end(run) - others[run["seed"]] for run in of(runs, name)
+                             if run["seed"] in others])
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -297,10 +302,11 @@ def draw(results, folder):
     if runs:
         figures["race"], axes = plt.subplots(figsize=(7, 3.8))
         draw_accuracy(axes, runs, names_in(runs), NAMED)
-    if {*FIRST} <= {*names_in(runs)}:
-        figures["first"], axes = plt.subplots(figsize=(7, 3.4))
-        draw_accuracy(axes, runs, FIRST, FIRST, TARGET)
     batches = by_batch(results)
+    if {*FIRST} <= {*names_in(runs)}:  # at the race's batch, also on the seeds that only --part batches has
+        alike = [run for run in batches if run["prompts"] == runs[0]["prompts"]]
+        figures["first"], axes = plt.subplots(figsize=(7, 3.4))
+        draw_accuracy(axes, alike, FIRST, FIRST, TARGET)
     if {*BASELINES} <= {*names_in(batches)}:
         figures["batches"], (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
         draw_costs(left, batches)
