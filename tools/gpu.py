@@ -2,7 +2,7 @@
 
     python -m tools.gpu           ten minutes at most, without a network; writes runs/gpu/gpu.json and gpu.md
     python -m tools.gpu --dry     goes through all parts on a CPU, with the built-in model; measures nothing
-    python -m tools.gpu --parts race --model smollm2-135m --dataset sums.jsonl        only some of the parts
+    python -m tools.gpu --parts race --model smollm2-135m --dataset results/smollm2/sums.jsonl      some parts
 
 Each part is a command that a user could give, with a time limit, and is written down when it ends: the last
 lines of what it printed. A part that fails is a row with its error, and the others go on; PART.log has all

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from cli import CommandLine, InputError, clear_errors, option, say
+from data import BOXED_SUFFIX
 from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import PPO, PPOConfig
 from spo import SPO, SPOConfig, normalize
@@ -218,8 +219,9 @@ def draw_praise(plt, groups):
         for y in range(len(rows)):
             row = [group["advantages"][name][y] for name in names]
             cells(axes, y, np.ones(len(names)), row, map(signed, row))
-        question = group["problem"].partition(" modulo")[0].removeprefix("Compute ").replace("-", MINUS)
-        bare(axes, rows, f"{question} modulo 10, eight responses, {why}", len(names), columns)
+        question = group["problem"].removesuffix(BOXED_SUFFIX).strip().removeprefix("Compute ")
+        question = question.removesuffix(" from left to right.").rstrip("?").replace("-", MINUS)
+        bare(axes, rows, f"{question}, eight responses, {why}", len(names), columns)
     words = [[NAMES.get(word, word) for word in row] for row in mixed["tokens"]]
     last = 0
     for y, (row, values) in enumerate(zip(words, mixed["advantages"]["PPO"], strict=True)):
