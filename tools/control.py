@@ -1,6 +1,6 @@
 """The experiments of examples/control.py: each task, method and seed of PLAN, a figure and a table.
 
-    python -m tools.control              what results/control.json lacks, and the figure: 3.2 hours
+    python -m tools.control              what results/control.json lacks, and the figure: 4.2 hours
     python -m tools.control --redraw     the figure and the table alone
 
 Each run is written to results/control.json when it ends. So a command that was stopped goes on from there.
@@ -27,14 +27,14 @@ VARIATIONS = {
     "clone at 0.1": ({}, {}, dict(target=0.1))}
 # (task, updates, seeds, variations, methods). The paper has 312 updates of CartPole, 1,250 of MountainCar,
 # 2,500 of Hopper, 1,875 of LunarLander and 2,500 of Pendulum. Here MountainCar is flat after 40 and
-# LunarLander nearly so after 350. Hopper is cut short, because its experts take long.
+# LunarLander nearly so after 350. Hopper is cut short, because it is slow; the expert of its seed 2 fails.
 PLAN = [("MountainCar", 40, range(5), [""], METHODS), ("CartPole", 312, range(5), [""], METHODS),
         ("MountainCar", 40, range(3), [name for name in VARIATIONS if name != "clone at 0.1"], ["PPO"]),
         ("MountainCar", 40, range(3), ["lr 3e-3", "clone at 0.02"], ["SPPO"]),
         ("Pendulum", 200, range(1), [""], METHODS), ("Pendulum", 2500, range(3), [""], ["SPPO", "PPO"]),
         ("LunarLander", 380, range(3), [""], METHODS),
         ("LunarLander", 120, range(3), ["clone at 0.1"], ["SPPO", "PPO", "batch mean"]),
-        ("Hopper", 300, range(3), [""], ["SPPO", "PPO"])]
+        ("Hopper", 300, range(2), [""], ["SPPO", "PPO"])]
 
 
 def run_missing(runs, write):
