@@ -114,6 +114,8 @@ def test_the_first_screens_numbers_are_those_of_the_committed_results():
     results, half_rate = (json.loads((ROOT / folder / "race.json").read_text()) for folder in ("results", "results/batch16"))
     at_256 = [run for run in by_batch(results) if run["prompts"] == 256]
     assert f"GRPO needs {ratio_text(speed(at_256, 'responses', 0.7)['GRPO'])} times" in first
+    two = ["{:.3f} ± {:.3f}".format(*difference(at_256, "SPPO", name)) for name in ("GRPO at equal responses", "a constant")]
+    assert f"end {two[0]} and {two[1]} below it" in " ".join(first.split())
     at_16 = [run for run in by_batch(results) if run["prompts"] == 16], half_rate["batches"]["runs"]
     for runs in at_16:
         mean, half = difference(runs, "SPPO", "a constant")
