@@ -14,6 +14,7 @@ from tools.race import main
 from tools.race_results import (
     best_rates,
     by_batch,
+    cost_text,
     cost_to,
     difference,
     ratio_text,
@@ -110,18 +111,21 @@ def test_the_readmes_claims_and_verdicts_are_computed_from_the_committed_results
 
 
 def test_the_first_screens_numbers_are_those_of_the_committed_results():
-    first = (ROOT / "README.md").read_text().split("make demo")[0]
+    first = " ".join((ROOT / "README.md").read_text().split("make demo")[0].split())
     results, half_rate = (json.loads((ROOT / folder / "race.json").read_text()) for folder in ("results", "results/batch16"))
     at_256 = [run for run in by_batch(results) if run["prompts"] == 256]
     assert f"GRPO needs {ratio_text(speed(at_256, 'responses', 0.7)['GRPO'])} times" in first
-    two = ["{:.3f} ± {:.3f}".format(*difference(at_256, "SPPO", name)) for name in ("GRPO at equal responses", "a constant")]
-    assert f"end {two[0]} and {two[1]} below it" in " ".join(first.split())
-    at_16 = [run for run in by_batch(results) if run["prompts"] == 16], half_rate["batches"]["runs"]
-    for runs in at_16:
-        mean, half = difference(runs, "SPPO", "a constant")
-        assert f"{mean:.3f} ± {half:.3f}" in first
-    below = ["{:.3f} ± {:.3f}".format(*difference(runs, "SPPO", "GRPO at equal responses")) for runs in at_16]
-    assert f"ends {below[0]} and {below[1]} below SPPO" in first
+    for name in ("GRPO at equal responses", "a constant"):
+        assert f"{ratio_text(speed(at_256, 'responses', 0.7)[name])} times" in first
+    by_size = [[run for run in by_batch(results) if run["prompts"] == size] for size in (16, 64, 256)]
+    costs = [cost_text([run for run in runs if run["algorithm"] == name], 0.7).split()[0]
+             for runs in by_size for name in ("SPPO", "a constant")]
+    assert "takes {} responses and the constant {} gets there (medians) at 16".format(*costs) in first
+    assert "{} and {} at 64, {} and {} at 256".format(*costs[2:]) in first
+    ahead = [["{:.3f} ± {:.3f}".format(*difference(runs, "SPPO", other)) for runs in (*by_size, half_rate["batches"]["runs"])]
+             for other in ("a constant", "GRPO at equal responses")]
+    assert "ends {}, {} and {} above it there, but only {} at 16 with half".format(*ahead[0]) in first
+    assert f"then {ahead[1][3]} above GRPO" in first
 
 
 def ends(name, *accuracy):
