@@ -21,7 +21,7 @@ test: install  ## linter and the whole test suite
 race: install  ## every algorithm at the papers' batch, and the figures: 74 minutes on two cores
 	$(BIN)/python -m tools.race --jobs 2
 
-race-batches: install  ## what a baseline buys, by the prompts per step: 2.8 hours of runs
+race-batches: install  ## what a baseline buys, by the prompts per step: about five hours of runs
 	$(BIN)/python -m tools.race --part batches --jobs 2
 	$(BIN)/python -m tools.race --part contrast --jobs 2
 
