@@ -26,8 +26,8 @@ def of_the_race(race):
 
     def ends(name, other):  # on all seeds; seconds can be compared only on those of the race
         mean, half = difference(runs + more, name, other)
-        seeds = len({run["seed"] for run in of(runs + more, name)})
-        return mean, half, f"{name} − {other}: {mean:+.3f} ± {half:.3f} (seeds: {seeds})"
+        have = [{run["seed"] for run in of(runs + more, which)} for which in (name, other)]
+        return mean, half, f"{name} − {other}: {mean:+.3f} ± {half:.3f} (seeds: {len(have[0] & have[1])})"
 
     def without_gradient(place):
         return sum(mean_of(run["metrics"][f"group/all_{kind}"][place] for run in of(runs, "GRPO"))
