@@ -66,6 +66,8 @@ def test_algorithms_are_compared_on_the_seeds_that_both_have():
     both = by_batch({"race": {"runs": runs, "settings": {"lr": "1"}}, "batches": {"runs": more}})
     assert len(both) == 5
     assert difference(both, "SPPO", "a constant")[0] == pytest.approx((0.1 + 0.3) / 2)
+    larger = [{**run, "prompts": 256, "accuracy": [0.0] * 3} for run in runs]  # another batch is not mixed with this one
+    assert difference([*both, *larger], "SPPO", "a constant")[0] == pytest.approx((0.1 + 0.3 + 0) / 3)
     assert len(speed(both, "responses")["a constant"]) == 1  # GRPO's best is the goal, and of one seed alone
     assert len(speed(both, "responses", 0.55)["a constant"]) == 2
     both = by_batch({"race": {"runs": runs, "settings": {"lr": "1"}}, "batches": {"runs": again}})
@@ -124,7 +126,7 @@ def test_the_first_screens_numbers_are_those_of_the_committed_results():
                for size in (16, 64)]
     costs = [cost_text([run for run in runs if run["algorithm"] == name], 0.7).split()[0]
              for runs in of_size for name in ("SPPO", "a constant")]
-    assert "takes {} responses and the constant {} gets to 0.7 (medians); at 64, they take {} and {}.".format(*costs) in first
+    assert "takes {} responses and the constant {} gets to 0.7; at 64, they take {} and {}.".format(*costs) in first
     ahead = ["{:.3f} ± {:.3f}".format(*difference(half_rate["batches"]["runs"], "SPPO", other))
              for other in ("a constant", "GRPO at equal responses")]
     assert "ends only {} above the constant, and {} above GRPO with two".format(*ahead) in first

@@ -10,7 +10,18 @@ import statistics
 from pathlib import Path
 
 from tools.control import final
-from tools.race_results import by_batch, difference, markdown, mean_of, of, protocols, ratio_text, speed
+from tools.race_results import (
+    by_batch,
+    markdown,
+    mean_of,
+    merged,
+    of,
+    paired,
+    protocols,
+    ratio_text,
+    speed,
+    student_interval,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Section 5.3 of the SPPO paper: its trajectories, and what PPO does there. SPPO solves all five.
@@ -22,12 +33,13 @@ SOLVED = 0.8  # share of successes, the mean of the last tenth of the updates
 def of_the_race(race):
     """The rows that the race decides."""
     runs = next(iter(protocols(race).values()))
-    more = [run for run in by_batch(race) if run["prompts"] == runs[0]["prompts"] and run not in runs]
+    # More seeds. (Seconds can be compared only on those of the race.)
+    every = merged(runs, [run for run in by_batch(race) if run["prompts"] == runs[0]["prompts"]])
 
-    def ends(name, other):  # on all seeds; seconds can be compared only on those of the race
-        mean, half = difference(runs + more, name, other)
-        have = [{run["seed"] for run in of(runs + more, which)} for which in (name, other)]
-        return mean, half, f"{name} − {other}: {mean:+.3f} ± {half:.3f} (seeds: {len(have[0] & have[1])})"
+    def ends(name, other):
+        differences = paired(every, name, other)
+        mean, half = student_interval(differences)
+        return mean, half, f"{name} − {other}: {mean:+.3f} ± {half:.3f} (seeds: {len(differences)})"
 
     def without_gradient(place):
         return sum(mean_of(run["metrics"][f"group/all_{kind}"][place] for run in of(runs, "GRPO"))

@@ -37,7 +37,18 @@ import torch
 
 from checkpoint import lock
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from tools.race_results import BASELINES, CONSTANT, EQUAL, GROUP, ORACLE, best_rates, draw, report, table
+from tools.race_results import (
+    BASELINES,
+    CONSTANT,
+    EQUAL,
+    GROUP,
+    ORACLE,
+    best_rates,
+    draw,
+    merged,
+    report,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = {  # name: the script and the options that make it this algorithm
@@ -122,12 +133,6 @@ def contrast(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(short + long[: len(short)]) + "\n")
     return str(file)
-
-
-def merged(old, new):
-    """The runs of both, and of the same run the new one."""
-    keys = "algorithm", "lr", "seed", "prompts"
-    return list({tuple(run[key] for key in keys): run for run in [*old, *new]}.values())
 
 
 def one_run(c, extra, name, lr, seed, prompts):

@@ -94,14 +94,17 @@ def protocols(results):
     return found
 
 
+def merged(old, new):
+    """The runs of both, and of the same run the new one."""
+    keys = "algorithm", "lr", "seed", "prompts"
+    return list({tuple(run[key] for key in keys): run for run in [*old, *new]}.values())
+
+
 def by_batch(results):
-    """The runs of --part batches, and those of the race at its one rate on seeds that the part has not."""
-    runs, race = list(results.get("batches", {"runs": []})["runs"]), results.get("race", {"runs": []})
-    there = {(run["algorithm"], run["seed"], run["prompts"]) for run in runs}
-    return runs + [
-        run for run in race["runs"]
-        if run["algorithm"] in ("GRPO", EQUAL, *BASELINES) and run["lr"] == race["settings"]["lr"]
-        and (run["algorithm"], run["seed"], run["prompts"]) not in there]
+    """The runs of the race at its one rate, and those of --part batches, which may have the same and more."""
+    race = results.get("race", {"runs": []})
+    return merged([run for run in race["runs"] if run["algorithm"] in ("GRPO", EQUAL, *BASELINES)
+                   and run["lr"] == race["settings"]["lr"]], results.get("batches", {"runs": []})["runs"])
 
 
 def student_interval(values):
@@ -114,11 +117,16 @@ def student_interval(values):
 
 
 def difference(runs, name, other):
-    """(mean, half of its 95 % interval) of how much higher `name` ends than `other`, over the seeds that both
-    have: on a seed, all meet the same held-out problems."""
-    others = {run["seed"]: at_end(run) for run in of(runs, other)}
-    return student_interval([at_end(run) - others[run["seed"]] for run in of(runs, name)
-                             if run["seed"] in others])
+    """(mean, half of its 95 % interval) of `paired`."""
+    return student_interval(paired(runs, name, other))
+
+
+def paired(runs, name, other):
+    """How much higher `name` ends than `other`, on each seed and batch that both have: there, all meet the
+    same held-out problems."""
+    others = {(run["prompts"], run["seed"]): at_end(run) for run in of(runs, other)}
+    return [at_end(run) - others[run["prompts"], run["seed"]] for run in of(runs, name)
+            if (run["prompts"], run["seed"]) in others]
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
