@@ -1,10 +1,10 @@
-"""The structure of the repository: who may import whom."""
+"""The structure of the repository: who may import whom; and what the suite itself rests on."""
 import ast
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 TOOLS = {f"tools.{path.stem}": path for path in (ROOT / "tools").glob("*.py")}
@@ -55,3 +55,9 @@ def test_help_waits_for_no_library_that_only_a_run_needs(script):
     code = f"import sys, {script}; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_a_run_is_forked_from_is_frozen(tmp_path):
+    """What conftest.py cannot load, it passes over: then the suite would be slower, and nobody told."""
+    (tmp_path / "frozen.py").write_text("import gc, sys; print(gc.get_freeze_count() > 100_000, 'matplotlib.figure' in sys.modules)")
+    assert run(tmp_path / "frozen.py").stdout == "True True\n"
