@@ -116,7 +116,7 @@ class CommandLine:
             if getattr(self, field.name) == "" and type(None) in typing.get_args(field.type):
                 setattr(self, field.name, None)
         # What `check` tells. Not a field: config.json has the values, whoever brought them.
-        self.brought = ", ".join(f"--{name.replace('_', '-')} {shown(value)}"
+        self.brought = ", ".join(f"--{name.replace('_', '-')} {as_typed(value)}"
                                  for name, value in brought.items() if value != own[name])
 
     @classmethod
@@ -166,9 +166,9 @@ class CommandLine:
     def _argument(cls, field):
         """The keyword arguments of argparse's `add_argument` for a field."""
         default = field.metadata["default"]
-        note = f" [{shown(default)}]" if default not in (None, (), BUILTIN_MODEL) else ""
+        note = f" [{as_typed(default)}]" if default not in (None, (), BUILTIN_MODEL) else ""
         if field.name in cls.BUILTIN:
-            note += f" [built-in model: {shown(cls.BUILTIN[field.name])}]"
+            note += f" [built-in model: {as_typed(cls.BUILTIN[field.name])}]"
         help = (field.metadata["help"] + note).replace("%", "%%")
         if field.type is bool:
             return dict(help=help, action=argparse.BooleanOptionalAction)
@@ -204,7 +204,7 @@ class CommandLine:
             say(f"{run_of(self.model)}: was trained with {self.brought}: these are the defaults here")
 
 
-def shown(value):
+def as_typed(value):
     """A value as one would type it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
