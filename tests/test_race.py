@@ -117,16 +117,16 @@ def test_the_first_screens_numbers_are_those_of_the_committed_results():
     first = " ".join((ROOT / "README.md").read_text().split("make demo")[0].split())
     results, half_rate = (json.loads((ROOT / folder / "race.json").read_text()) for folder in ("results", "results/batch16"))
     at_256 = [run for run in by_batch(results) if run["prompts"] == 256]
-    assert f"GRPO needs {ratio_text(speed(at_256, 'responses', 0.7)['GRPO'])} times" in first
+    assert f"GRPO needs {ratio_text(speed(at_256, 'responses', 0.7)['GRPO'])} times SPPO's responses** to accuracy 0.7" in first
     ratios = speed(at_256, "responses", 0.7)
     assert f"per step ({statistics.median(ratios['GRPO at equal responses']):.1f} times)" in first
-    assert f"of R ({statistics.median(ratios['a constant']):.1f} times, but on one seed it never" in first
+    assert f"mean of R ({statistics.median(ratios['a constant']):.1f} times; on one seed, never)" in first
     assert ratios["a constant"].count(math.inf) == 1
     of_size = [[run for run in by_batch(results) if run["prompts"] == size and run["algorithm"] in ("SPPO", "a constant")]
                for size in (16, 64)]
     costs = [cost_text([run for run in runs if run["algorithm"] == name], 0.7).split()[0]
              for runs in of_size for name in ("SPPO", "a constant")]
-    assert "takes {} responses and the constant {} gets to 0.7; at 64, they take {} and {}.".format(*costs) in first
+    assert "takes {} responses and the constant {} gets to 0.7; at 64, {} and {}.".format(*costs) in first
     ahead = ["{:.3f} ± {:.3f}".format(*difference(half_rate["batches"]["runs"], "SPPO", other))
              for other in ("a constant", "GRPO at equal responses")]
     assert "ends only {} above the constant, and {} above GRPO with two".format(*ahead) in first
