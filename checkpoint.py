@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from cli import InputError, is_main, say
 from machine import from_rank_0
+from rollout import reward_code
 
 FORMAT = "sppo checkpoint 3"
 FILE_BYTES = 8 << 30  # about, of all ranks together
@@ -40,10 +41,15 @@ def parts_of(run, baseline):
     return {"policy": run.policy, "baseline": baseline, "in_flight": run.in_flight}
 
 
+def options_of(config):
+    """{option: value}, as a checkpoint tells them."""
+    return {**json.loads(json.dumps(dataclasses.asdict(config))), "reward": reward_code(config)}
+
+
 def state_of(run, baseline):
     """Everything that the next step depends on, as {name: value}; of a part, {part/name: value}."""
     return {"algorithm": type(baseline).__name__, "seconds": run.clock.total,
-            "options": dataclasses.asdict(run.config),
+            "options": options_of(run.config),
             **{f"{part}/{name}": value for part, owner in parts_of(run, baseline).items()
                for name, value in owner.state_dict().items()}}
 
@@ -83,10 +89,17 @@ def check_state(baseline):
     for name, value in baseline.state_dict().items():
         try:
             if not isinstance(value, torch.Tensor):
-                json.dumps(value)
+                json.dumps(value, default=number)
         except TypeError as error:
             raise InputError(f"{type(baseline).__name__}.state_dict: {name!r} cannot be kept in a checkpoint "
                              f"({error}); give tensors, numbers, texts, or lists of these") from None
+
+
+def number(value):
+    """For json.dumps: numpy's numbers as Python's."""
+    if getattr(value, "shape", None) != ():
+        raise TypeError(f"a {type(value).__name__} is no JSON")
+    return value.item()
 
 
 def save(run, baseline, log, step):
@@ -156,7 +169,7 @@ def _complete(partial, final, step, values):
     """Writes state.json, waits until everything is on the disk, and gives the folder its name."""
     files = {f.name: f.stat().st_size for f in partial.iterdir()}
     state = {"format": FORMAT, "step": step, "files": files, "values": values}
-    (partial / "state.json").write_text(json.dumps(state))
+    (partial / "state.json").write_text(json.dumps(state, default=number))
     for path in (*partial.iterdir(), partial):
         _onto_disk(path)
     if final.exists():  # broken, or this run was resumed from an older one
@@ -201,15 +214,15 @@ def resume(run, baseline):
         raise InputError(f"{path}: is of a run of {theirs}, and this is {ours}; {other}")
     if meta["step"] > c.steps:
         raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
-    tensors = {name: t for name, t in state_of(run, baseline).items() if isinstance(t, torch.Tensor)}
+    now = state_of(run, baseline)
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
-    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    differing = sorted(tensors.keys() ^ saved.keys()) or sorted(
-        name for name, tensor in sharded.items() if tensor.shape != saved[name].size)
+    tensors = {name: tensor for name, tensor in now.items() if isinstance(tensor, DTensor)}
+    differing = sorted(now.keys() ^ (saved.keys() | meta["values"].keys())) or sorted(
+        name for name, tensor in tensors.items() if name not in saved or tensor.shape != saved[name].size)
     if differing:
         raise InputError(f"{path}: belongs to another model ({differing[0]} differs); {other}")
-    for name in tensors.keys() - sharded.keys():  # small, perhaps of another length: every rank reads it all
+    for name in saved.keys() - tensors.keys():  # small, perhaps of another length: every rank reads it all
         tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
     dcp.load(tensors, storage_reader=reader)  # fills the sharded ones in place
     state = {**meta["values"], **tensors}
@@ -217,11 +230,14 @@ def resume(run, baseline):
         owner.load_state_dict({name.removeprefix(f"{part}/"): value for name, value in state.items()
                                if name.startswith(f"{part}/")})
     run.clock.total = state["seconds"]
-    options = json.loads(json.dumps(dataclasses.asdict(c)))  # as they would be read from a checkpoint
+    options = options_of(c)
     changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})"
                for name, was in state["options"].items()
                if name in options.keys() - {"resume", "output"} and options[name] != was]
     say(f"Resuming after step {meta['step']}" + (f", with {', '.join(changed)}" if changed else ""))
+    if options["prompts_per_step"] != state["options"]["prompts_per_step"]:
+        say("Step k takes the k-th share of the problems, and the shares have another size now: in this "
+            "epoch, some problems come twice or not at all.")
     return meta["step"]
 
 
@@ -233,8 +249,10 @@ def _is_complete(path):
         for name, size in meta["files"].items():
             if (path / name).stat().st_size != size:
                 problem = f"{name} is not as long as it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"it is no complete checkpoint ({type(error).__name__}: {error})"
+    except OSError as error:  # it may be whole, and would be deleted as broken if the run went on without it
+        raise InputError(f"{path}: cannot be read now ({error}); try again, or delete it") from None
     if problem:
         say(f"warning: {path} is passed over: {problem}")
     return not problem

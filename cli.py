@@ -41,6 +41,16 @@ def say(text=""):
             sys.stdout.flush()
 
 
+def replace_file(path, text):
+    """Writes a text file whole or not at all, whenever the process is killed."""
+    partial = Path(f"{path}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 # ---- options -----------------------------------------------------------------------------------------------
 
 def option(default, help, *, group=None, positive=False, most=math.inf, empty=False):
@@ -100,7 +110,9 @@ class CommandLine:
         if critic and (its_run := run_of(critic)):
             self.critic_model = str(its_run / "model")
         task = str(options.get("dataset", "")).partition(":")[0]
-        if model and (Path(model).resolve().is_relative_to(BUILTIN_MODEL) or task == "chain"):
+        family = any(name and Path(name).resolve().is_relative_to(BUILTIN_MODEL)
+                     for name in (model, options.get("model")))
+        if model and (family or task == "chain"):
             defaults |= self.BUILTIN
         missing = [name for name in own if getattr(self, name) is None]
         for name in self.MUST_BE_TYPED:

@@ -38,7 +38,7 @@ class TrainConfig(CommandLine):
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (0: not at all)")
-    clip_low: float = option(0.2, "the ratio's lower bound is 1 - this")
+    clip_low: float = option(0.2, "the ratio's lower bound is 1 - this", most=1)
     clip_high: float = option(0.2, "the ratio's upper bound is 1 + this")
     dual_clip: float = option(3.0, "where A < 0, the objective is at least this times A (0: no such bound)")
     loss_mean: Literal["token", "sequence"] = option("token", "each token weighs the same, or each response")
@@ -100,6 +100,10 @@ class TrainConfig(CommandLine):
         if self.critic_warmup >= self.steps and not self.explain:
             raise InputError(f"--critic-warmup {self.critic_warmup}: with --steps {self.steps} the policy "
                              "would never be trained; give more steps, or a shorter warm-up")
+        for name in ("dual_clip", "rollout_correction"):
+            if 0 < (value := getattr(self, name)) <= 1:
+                raise InputError(f"--{name.replace('_', '-')} {value}: would also bind where the policy has "
+                                 "not moved; give more than 1, or 0 for none")
         # One response may come from several policies, of which only the engine knew the log-probabilities.
         if self.oversample and self.old_logprobs != "rollout":
             raise InputError(f"--oversample {self.oversample}: also give --old-logprobs rollout")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from cli import BUILTIN_MODEL, CommandLine, InputError, say
+from cli import BUILTIN_MODEL, CommandLine, InputError, replace_file, say
 from machine import first_line, from_rank_0
 from reward import last_boxed
 
@@ -190,8 +190,8 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_S
         if field and field not in row:
             raise InputError(f"{where}: has no field {field!r} for {option}; {has}")
     prompt = next((row[f] for f in (prompt_field and [prompt_field]) or PROMPT_FIELDS if row.get(f)), None)
-    answer = next((row[f] for f in (answer_field and [answer_field]) or ANSWER_FIELDS
-                   if row.get(f) is not None), None)
+    given = [row[f] for f in (answer_field and [answer_field]) or ANSWER_FIELDS if row.get(f) is not None]
+    answer = next((value for value in given if value != ""), "" if given else None)
     if isinstance(row.get("reward_model"), dict) and not answer_field:  # verl
         answer = row["reward_model"].get("ground_truth")
     if isinstance(prompt, str):
@@ -204,6 +204,8 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_S
         answer = json.dumps(answer)
     if isinstance(answer, list | dict):
         raise InputError(f"{where}: its answer is a {type(answer).__name__}; give text or a number")
+    if answer is None and answer_field:
+        raise InputError(f"{where}: its field {answer_field!r} is null; give an answer, or leave the row out")
     if not isinstance(answer, str | int | float):
         raise InputError(f"{where}: has no answer; {has}; {EXPECTED} (or name yours with --answer-field)")
     # A JSON string may hold half of a surrogate pair, which no tokenizer accepts: it becomes a question mark.
@@ -230,7 +232,7 @@ def write_problems(path, problems, c):
     dataset."""
     rows = ({"row": p.id, c.prompt_field or "prompt": p.messages, c.answer_field or "answer": p.answer}
             for p in problems)
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def reading(c):
@@ -259,7 +261,14 @@ def training_problems(c, tokenizer):
     if len(fitting) < len(problems):
         say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts "
             f"are longer than --max-prompt-tokens {limit}")
-    return split(fitting, c.eval_problems if c.eval_every else 0, c.seed)
+    wanted = c.eval_problems if c.eval_every else 0
+    problems, held_out = split(fitting, wanted, c.seed)
+    if wanted and not held_out:
+        say(f"{c.dataset}: has too few problems to hold any out, so no accuracy will be measured")
+    if len(problems) < c.prompts_per_step:
+        say(f"{c.dataset}: has {len(problems)} problems to train on, so each step of --prompts-per-step "
+            f"{c.prompts_per_step} has some of them more than once")
+    return problems, held_out
 
 
 def trained_on(run, held_out, c):
@@ -272,15 +281,23 @@ def trained_on(run, held_out, c):
     return 0 if None in kept else sum(p.id not in kept for p in held_out)  # older files do not tell the rows
 
 
-def drop_unverifiable(problems, held_out, verifier, dataset):
+def drop_unverifiable(problems, held_out, verifier, dataset, resumed=None):
     """Removes from both lists the problems whose gold answer is empty or cannot be read: no response could be
-    marked right. Raises InputError if these are more than 1 %.
+    marked right. Returns their rows. Raises InputError if these are more than 1 %.
 
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
-    on the same problems.
+    on the same problems. So must a run that is resumed: its folder, `resumed`, tells what was dropped.
     """
     both = problems + held_out
-    bad = from_rank_0(lambda: {both[i].id for i in verifier.unverifiable([p.answer for p in both])})
+
+    def unverifiable():
+        before = Path(resumed or "", "dropped.json")
+        known = json.loads(before.read_text()) if resumed and before.is_file() else {}
+        if known.get("dataset") == dataset:
+            return {p.id for p in both} & {*known["rows"]}
+        return {both[i].id for i in verifier.unverifiable([p.answer for p in both])}
+
+    bad = from_rank_0(unverifiable)
     if bad:
         first = min((p for p in both if p.id in bad), key=lambda p: p.id)
         about = f"{dataset}, row {first.id + 1}: the answer {first.answer[:100]!r} cannot be read as "
@@ -291,6 +308,12 @@ def drop_unverifiable(problems, held_out, verifier, dataset):
         say(f"{about}; dropped {len(bad)} of {len(both)} problems, to which no answer could be right")
     for part in (problems, held_out):
         part[:] = [p for p in part if p.id not in bad]
+    return bad
+
+
+def write_dropped(path, rows, dataset):
+    """Writes what `drop_unverifiable` returned, for a run that is resumed."""
+    replace_file(path, json.dumps({"dataset": dataset, "rows": sorted(rows)}))
 
 
 def shuffled_epochs(problems, first, count, seed):

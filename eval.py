@@ -29,7 +29,7 @@ from engines import make_engine
 from log import progress
 from machine import check_ranks, compute_dtype, init_distributed
 from reward import MAX_ANSWER_CHARS, equal, extract_answer
-from rollout import make_verifier, sample_and_verify
+from rollout import make_verifier, reward_code, sample_and_verify, tell_failures
 
 # Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
 BENCHMARKS = {
@@ -190,7 +190,9 @@ class RolloutFile:
         dist.barrier()
 
     def write(self, line):
-        self.file.write(json.dumps(line).encode() + b"\n")
+        rest = json.dumps(line).encode() + b"\n"
+        while rest:  # a full disk may take a part, and then raises OSError
+            rest = rest[self.file.write(rest) :]
 
     def finish(self):
         """All ranks; returns the lines of all."""
@@ -267,8 +269,7 @@ class EvalConfig(CommandLine):
     max_response_tokens: int = option(8192, "a response that needs more has no answer", positive=True)
     answer: Literal["boxed", "any"] = option("boxed", "last \\boxed{}; any: without a box, the last number")
     reward: str | None = option(None, "FILE.py:FUNCTION(response, answer) -> number in [0, 1] [mathematics]")
-    suffix: str = option(BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)",
-                         empty=True)
+    suffix: str = option(BOXED_SUFFIX, "what each prompt asks for at its end (empty: nothing)", empty=True)
     seed: int = option(0, "seed for sampling", most=2**63 - 1)
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", group="running", positive=True)
     engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vllm where it is installed")
@@ -317,8 +318,9 @@ def run_evaluation(c):
     c.dtype = compute_dtype(c.dtype, device)
     check_ranks(tensor_parallel=c.tensor_parallel)
     settings = {"model": c.model, "weights": fingerprint(c.model, c.trust_remote_code)}
-    for name in ("temperature", "top_p", "top_k", "max_response_tokens", "answer", "dtype", "seed", "reward"):
+    for name in ("temperature", "top_p", "top_k", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
+    settings["reward"] = reward_code(c)
     name = (run_of(c.model) or Path(c.model)).name
     records = RolloutFile(c.output or f"runs/eval/{name}.jsonl", settings)
     for key, p in jobs.items():
@@ -326,6 +328,9 @@ def run_evaluation(c):
         if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):
             raise InputError(f"{records.path}: its problem {p.id} of {key[0]} has another text or answer "
                              "now; give another --output")
+    if (there := 1 + max((sample for *_, sample in records.done), default=0)) > c.samples:
+        raise InputError(f"{records.path}: has {there} samples per problem, and its table would become one "
+                         f"of {c.samples}; give --samples {there}, or another --output")
     todo = [job for job in jobs.items() if job[0] not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
@@ -334,6 +339,7 @@ def run_evaluation(c):
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
     results = records.finish()
+    tell_failures(verifier)
     if is_main():
         report(c, [r for key, r in results.items() if key in jobs], verifier, records.path)
     verifier.close()

@@ -127,7 +127,8 @@ class Watch(Ratios):
         response, answer, reward = batch.responses[row], batch.problems[row].answer, batch.rewards[row].item()
         expected, advantage, now = about(self.baseline, batch, row, self.advantages[row])
         text, prompt = decode(response.ids, tokenizer), batch.prompts[row]
-        box = last_boxed(text) if response.finished else None
+        ending = "with its end" if response.finished else "cut off, so it earns nothing"
+        box = f"{'there is none' if (box := last_boxed(text)) is None else short(box)}; "
         ratio, (loss, clipped) = self.ratio(row), self.loss(row)
         furthest = int(ratio.log().abs().argmax())
         verdict = {0: "wrong", 1: "right"}.get(reward, "partly right")
@@ -135,9 +136,9 @@ class Watch(Ratios):
             f"{len(self.updates)}")
         for label, told in (
                 ("prompt", f"{short(tokenizer.decode(prompt))} ({len(prompt)} tokens)"),
-                ("response", f"{short(text)} ({len(response.ids)} tokens with its end)"),
-                ("box", f"{'there is none' if box is None else short(box)}; the gold answer is "
-                        f"{short(answer)}: R = {reward:g}"),
+                ("response", f"{short(text)} ({len(response.ids)} tokens {ending})"),
+                ("reward" if c.reward else "box",
+                 f"{'' if c.reward else box}the gold answer is {short(answer)}: R = {reward:g}"),
                 ("baseline", expected), ("advantage", advantage),
                 ("ratio", f"pi / pi_old, after {minibatch} updates: {ratio.min():.3f} to {ratio.max():.3f}; "
                           f"{ratio[furthest]:.3f} at token {furthest + 1}, "

@@ -92,6 +92,9 @@ class InFlight:
     def load_state_dict(self, state):
         """Restores what `state_dict` returned. Raises InputError if a response no longer fits the options."""
         limit, self.started = self.config.max_response_tokens, []
+        if state["started"] and not self.config.oversample:
+            raise InputError(f"the checkpoint has {len(state['started'])} responses in flight, which would "
+                             "be lost; give the --oversample that the run had")
         for saved in state["started"]:
             problem, response = saved["problem"], Response(**saved["response"])
             if problem not in self.problems:

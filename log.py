@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import BUILTIN_MODEL, InputError, is_main, say
+from cli import BUILTIN_MODEL, InputError, is_main, replace_file, say
 from reward import decode
 
 # ---- time --------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Log:
         if not is_main():
             return
         folder = Path(config.output)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        replace_file(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         self.lines = Lines(folder / "metrics.jsonl", resumed_after)
         self.sample_lines = Lines(folder / "samples.jsonl", resumed_after)
         earlier = self.lines.read()
@@ -162,8 +162,10 @@ class Log:
 
     def add(self, *metrics):
         for part in metrics:  # a baseline's may be tensors or numpy's numbers, or None: it has none
-            self.metrics |= {name: value.item() if hasattr(value, "item") else value
-                             for name, value in (part or {}).items()}
+            for name, value in (part or {}).items():
+                if math.prod(getattr(value, "shape", ())) > 1:
+                    raise InputError(f"the metric {name} has shape {tuple(value.shape)}; give one number")
+                self.metrics[name] = value.item() if hasattr(value, "item") else value
 
     def sampled(self, batch, advantages, values, tokenizer):
         """Takes a step's Batch. advantages [B] or [B, T]; values [B], [B, T] or None: what the baseline
@@ -181,7 +183,7 @@ class Log:
         self.metrics["eval_response_tokens"] = batch.lengths.float().mean().item()
         if step == 0:
             self.first = self.metrics
-            show_samples("Before training:", batch, tokenizer)
+            show_samples("Before training:", batch, tokenizer, self.config.reward)
 
     def write(self, step, seconds):
         """Ends a step: its metrics become a line on the screen and an object in metrics.jsonl."""
@@ -204,7 +206,7 @@ class Log:
             if "reward" in line:
                 self.columns = COLUMNS
             if "eval_accuracy" in line and samples:
-                say(shown(samples[0]))
+                say(shown(samples[0], self.config.reward))
             self.bar.update(step - self.bar.n)
             self.line = line
         self.metrics, self.samples = {}, []
@@ -228,11 +230,12 @@ class Log:
             return
         text = f"Trained {c.model} for {c.steps} steps in {seconds:.0f} s of training."
         if self.first and self.last:
-            show_samples("After training:", self.last, tokenizer)
+            show_samples("After training:", self.last, tokenizer, c.reward)
             accuracy, length = self.first["eval_accuracy"], self.first["eval_response_tokens"]
             rewards = self.last.rewards
             error = rewards.std(correction=0) / len(rewards) ** 0.5
-            text += (f" On {len(rewards)} held-out problems, accuracy went from {accuracy:.3f} to "
+            what = "the mean reward" if c.reward else "accuracy"
+            text += (f" On {len(rewards)} held-out problems, {what} went from {accuracy:.3f} to "
                      f"{rewards.mean():.3f} ± {error:.3f} (its standard error), and the mean response from "
                      f"{length:.1f} to {self.last.lengths.float().mean():.1f} tokens.")
         text += (f" The model is in {c.output}/model, for transformers and vllm to load; all metrics are in "
@@ -265,7 +268,9 @@ class Log:
         gap = line.get("policy/rollout_gap") or 0.0
         self.gaps = self.gaps or [gap] if gap else []  # the first, against which later ones are held
         # Below 0.02, a gap of one part in fifty of a probability, it is rounding, whatever the first was.
-        grown = gap > max(0.02, 5 * self.gaps[0]) if self.gaps else False
+        # With --old-logprobs rollout it also holds how far the policy has moved.
+        moved = self.config.old_logprobs == "rollout"
+        grown = bool(self.gaps) and not moved and gap > max(0.02, 5 * self.gaps[0])
         failed = sum(line.get(f"reward/{why}", 0) for why in ("timeouts", "crashes", "errors"))
         last = self.rewards[-HOPELESS:] if len(self.rewards) >= HOPELESS else [0.5]
         warnings = {f"nearly all responses were cut off by --max-response-tokens {limit} and earn nothing: "
@@ -315,31 +320,33 @@ def sample(batch, row, advantages=None, values=None, tokenizer=None):
     """Response number `row` of a Batch as samples.jsonl has it. Of an advantage per token it has the mean, of
     a value per token the first, which has read the prompt alone."""
     def of_row(x, place):
-        return None if x is None else round(float(x[row] if x.dim() == 1 else place(x[row])), 4)
+        if x is not None:
+            x = torch.as_tensor(x[row])
+            return round(float(place(x) if x.dim() else x), 4)
     response, problem = batch.responses[row], batch.problems[row]
     return {"problem": problem.id, "prompt": problem.messages[-1]["content"],
             "response": decode(response.ids, tokenizer), "answer": problem.answer,
-            "reward": float(batch.rewards[row]), "value": of_row(values, lambda x: x[0]),
+            "reward": round(float(batch.rewards[row]), 6), "value": of_row(values, lambda x: x[0]),
             "advantage": of_row(advantages, lambda x: x[: len(response.ids)].mean()),
             "tokens": len(response.ids), "finished": response.finished}
 
 
-def shown(s):
-    """A sample on two lines of the screen, shortened."""
+def shown(s, own_reward):
+    """A sample on two lines of the screen, shortened. own_reward: --reward, if there is one."""
     text = s["response"].replace("\n", " | ")
     text = text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
-    verdict = ("right" if s["reward"] == 1 else f"reward {s['reward']:.2f}" if s["reward"] else
-               f"wrong: it is {s['answer']}" if s["finished"] else "cut off")
+    verdict = ("cut off" if not s["finished"] else f"reward {s['reward']:.2f}" if own_reward else
+               "right" if s["reward"] else f"wrong: it is {s['answer']}")
     columns = (("V", "value", ".2f"), ("A", "advantage", "+.2f"))
     notes = [f"{label} {s[name]:{form}}" for label, name, form in columns if s[name] is not None]
     return f"  {s['prompt']}\n    {text}  [{', '.join([verdict, *notes])}]"
 
 
-def show_samples(title, batch, tokenizer, count=3):
+def show_samples(title, batch, tokenizer, own_reward, count=3):
     """Prints the first `count` prompts of a Batch with their responses and verdicts."""
     say(f"\n{title}")
     for row in range(min(count, len(batch.responses))):
-        say(shown(sample(batch, row, tokenizer=tokenizer)))
+        say(shown(sample(batch, row, tokenizer=tokenizer), own_reward))
     say()
 
 

@@ -80,6 +80,8 @@ class TokenCritic(ShardedModel):
         """The head's outputs [b, T] at the states of (prompt ids, response ids) pairs, with gradient; 0
         past the end of a response."""
         ids, scored, mask = pad(sequences, self.device)
+        # The policy's last ids may stand for no token, and a smaller critic may have fewer of these.
+        ids.clamp_(max=self.module.backbone.config.get_text_config().vocab_size - 1)
         return unflatten(self.module(ids, scored), mask)
 
     def values(self, sequences):

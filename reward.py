@@ -721,6 +721,8 @@ class Verifier:
 def _load(reward):
     """The function of "FILE.py:FUNCTION"."""
     path, _, name = reward.rpartition(":")
+    if not path:
+        raise ValueError("it names no function")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path!r}")
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours,
@@ -728,7 +730,8 @@ def _load(reward):
     spec = importlib.util.spec_from_file_location("reward_of_ones_own", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name)
+    if not (function := getattr(module, name, None)):
+        raise AttributeError(f"{path} has no function {name!r}")
     inspect.signature(function).bind("response", "answer")  # raises TypeError if it takes others
     return function
 

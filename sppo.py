@@ -131,6 +131,7 @@ class Run:
     tokenizer: object  # the policy's
     problems: list[data.Problem]  # to train on
     held_out: list[data.Problem]  # only evaluated on
+    dropped: set[int]  # rows of the dataset whose gold answer cannot be verified
     benchmarks: dict[str, list[data.Problem]]  # of --eval-benchmarks
     verifier: Verifier  # response, gold answer -> reward
     policy: Policy  # the model that is trained
@@ -213,13 +214,17 @@ class SPPO(Baseline):
         return self.critic.logits(self.critic.encode(problems)).tolist()
 
 
-def checked(advantages, baseline, batch):
-    """What `baseline` gave, without gradient. Raises InputError if it does not fit the batch."""
-    shape = getattr(advantages, "shape", type(advantages).__name__)
+def checked_advantages(baseline, batch):
+    """The baseline's, without gradient. Raises InputError if they do not fit the batch."""
+    rewards = batch.rewards.clone()
+    advantages = baseline.advantages(batch)
+    name, shape = type(baseline).__name__, getattr(advantages, "shape", type(advantages).__name__)
     if shape not in (batch.rewards.shape, batch.mask.shape):
-        raise InputError(f"{type(baseline).__name__}.advantages gave {shape}; it must give a tensor of "
-                         f"{batch.rewards.shape} or {batch.mask.shape}")
-    return advantages.detach()
+        raise InputError(f"{name}.advantages gave {shape}; it must give a tensor of {batch.rewards.shape} or "
+                         f"{batch.mask.shape}")
+    if not torch.equal(rewards, batch.rewards):
+        raise InputError(f"{name}.advantages changed batch.rewards; give a new tensor: batch.rewards - ...")
+    return advantages.detach().float()
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -257,7 +262,7 @@ def training_loop(run, baseline, log, last_step):
 
         # 3. The advantage: the reward minus the baseline.
         with clock("critic"):
-            advantages = checked(baseline.advantages(batch), baseline, batch)
+            advantages = checked_advantages(baseline, batch)
 
         # 4. One epoch of clipped policy steps. In the first --critic-warmup steps, only the critic learns.
         rows, updates = range(len(batch.responses)), []
@@ -270,6 +275,8 @@ def training_loop(run, baseline, log, last_step):
         # 5. The baseline learns from what happened.
         with clock("critic"):
             learned = baseline.update(batch)
+            if step == last_step + 1:
+                checkpoint.check_state(baseline)  # can what it has learned be saved?
         if c.oversample:  # asks V of the next prompts while the engine sleeps: the critic needs memory
             run.in_flight.start(baseline, step + 1)
 
@@ -370,12 +377,13 @@ def run_training(c, make_baseline, closing):
     problems, held_out = from_rank_0(lambda: data.training_problems(c, tokenizer))
     benchmarks = load_eval_benchmarks(c, tokenizer)  # for --eval-benchmarks
     c.dtype = compute_dtype(c.dtype, device)
-    data.drop_unverifiable(problems, held_out, verifier, c.dataset)
+    dropped = data.drop_unverifiable(problems, held_out, verifier, c.dataset, c.resume and c.output)
     seed_torch(c.seed, c.deterministic)
     policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
     policy.check_rows(c.model, c.max_prompt_tokens + c.max_response_tokens)
     policy.check_saving(tokenizer)
-    run = Run(c, device, tokenizer, problems, held_out, benchmarks, verifier, policy, Clock(device), closing)
+    run = Run(c, device, tokenizer, problems, held_out, dropped, benchmarks, verifier, policy, Clock(device),
+              closing)
     baseline = make_baseline(run)
     checkpoint.check_state(baseline)
     if c.oversample and (baseline.samples_per_prompt > 1 or baseline.wants_greedy):
@@ -411,10 +419,13 @@ def begin(run, baseline):
         log = Log(c, step)
         if is_main():  # eval.py evaluates the trained model on what was held out here
             data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c)
+            data.write_dropped(f"{c.output}/dropped.json", run.dropped, c.dataset)
 
     if error := checkpoint.first_disk_error(lock):
         raise InputError(f"{c.output}: {error}")
     step = checkpoint.resume(run, baseline)
+    if step and type(baseline).update is not Baseline.update and not baseline.state_dict():
+        say(f"warning: {type(baseline).__name__} has no `state_dict`, so what `update` had learned is lost")
     earlier = c.output if step else run_of(c.model)  # a run that trained this policy
     seen = from_rank_0(lambda: data.trained_on(earlier, run.held_out, c)) if earlier else 0
     if seen:

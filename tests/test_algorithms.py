@@ -100,8 +100,42 @@ def test_the_readmes_toy_baseline_is_a_whole_algorithm(tmp_path):
     lines = [line.removeprefix("    ") for line in toy.splitlines()]
     assert len(lines) <= 30
     (tmp_path / "running_mean.py").write_text("\n".join(lines))
-    done = run(tmp_path / "running_mean.py", *QUICK, "--output", tmp_path / "out")
+    done = run(tmp_path / "running_mean.py", *QUICK, "--save-every", "2", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     first, second = metrics(tmp_path / "out")[1:]
     assert first["baseline/mean"] == pytest.approx(first["reward"])
     assert second["baseline/mean"] == pytest.approx((first["reward"] + second["reward"]) / 2)
+    done = run(tmp_path / "running_mean.py", *QUICK, "--steps", "3", "--resume", "--output", tmp_path / "out")
+    assert "warning: RunningMean has no `state_dict`, so what `update` had learned is lost" in done.stdout, done.stderr
+
+
+def test_a_state_that_begins_as_none_is_resumed(tmp_path):
+    """Tensors and numpy's numbers, which the new run's baseline does not have yet."""
+    (tmp_path / "mean.py").write_text("""
+import numpy
+from cli import clear_errors
+from sppo import Baseline, TrainConfig, train
+
+class Mean(Baseline):
+    mean = count = None
+    def advantages(self, batch):
+        return batch.rewards - (0 if self.mean is None else self.mean)
+    def update(self, batch):
+        self.mean, self.count = batch.rewards.mean(), numpy.float32(len(batch.rewards) + (self.count or 0))
+        return {"baseline/count": self.count}
+    def state_dict(self):
+        return {"mean": self.mean, "count": self.count}
+    def load_state_dict(self, state):
+        self.mean, self.count = state["mean"], state["count"]
+
+with clear_errors():
+    train(TrainConfig.parse(__doc__), Mean)
+""")
+    for options in ["--save-every", "2"], ["--steps", "3", "--resume"]:
+        done = run(tmp_path / "mean.py", *QUICK, *options, "--output", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+    counts = [step["baseline/count"] for step in metrics(tmp_path / "out")[1:]]
+    assert len(counts) == 3 and counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+    variance, mean = (metrics(tmp_path / "out")[3][name] for name in ("advantage/variance", "reward"))
+    before = metrics(tmp_path / "out")[2]["reward"]
+    assert variance == pytest.approx(mean * (1 - mean) + (mean - before) ** 2, abs=1e-4)

@@ -50,6 +50,8 @@ def test_a_trained_model_brings_its_runs_options_and_what_is_typed_has_precedenc
         assert EvalConfig(model=model, benchmarks=("aime24",)).benchmarks == ("aime24",)
     chain = EvalConfig(model=finished_run(tmp_path / "chain", dataset="chain:1280", dtype="float32", temperature=1.0))
     assert (chain.benchmarks, chain.top_p, chain.temperature) == (("chain",), 1.0, 1.0)
+    own = EvalConfig(model=finished_run(tmp_path / "own", model=BUILTIN_MODEL, dataset="my.csv"))
+    assert own.top_p == 1.0  # the built-in model on other problems
     coded = finished_run(tmp_path / "coded", reward="mine.py:score")
     with pytest.raises(InputError, match="was trained with --reward mine.py:score; type it again, because it runs code"):
         EvalConfig(model=coded)
@@ -96,6 +98,9 @@ def test_the_positional_may_stand_anywhere(arguments):
     (["--max-tokens=5"], "--max-tokens: there is no such option; did you mean --max-prompt-tokens?"),
     (["--qqq"], "--qqq: there is no such option; --help lists all of them"), (["chain"], "chain: there is no such option"),
     (["--eval-benchmarks", "nope", "--eval-every", "0"], "--eval-benchmarks nope: --eval-every 0 never evaluates"),
+    (["--dual-clip", "0.5"], "--dual-clip 0.5: would also bind where the policy has not moved; give more than 1"),
+    (["--rollout-correction", "1"], "--rollout-correction 1.0: would also bind"),
+    (["--clip-low", "1.5"], "--clip-low 1.5: must be 0 or more and at most 1"),
     (["--lr", "inf"], "--lr inf: must be 0 or more and finite"), (["--lr", "nan"], "--lr nan: must be 0 or more and finite")])
 def test_bad_options_are_one_clear_sentence(arguments, message, capsys):
     assert message in complaint(lambda a: TrainConfig.parse("", a).check(), arguments, capsys)

@@ -15,6 +15,8 @@ from data import (
     load_tokenizer,
     render,
     split,
+    training_problems,
+    write_dropped,
     write_problems,
 )
 from reward import Verifier
@@ -140,6 +142,25 @@ def test_what_cannot_be_read_is_named(tmp_path, text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_answer_that_is_null_or_empty(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"problem": "1+1?", "mine": None, "answer": "", "solution": "It is \\boxed{2}."}])
+    with pytest.raises(InputError, match="x.jsonl, row 1: its field 'mine' is null; give an answer"):
+        load_problems(file, answer_field="mine")
+    assert [p.answer for p in load_problems(file)] == ["2"] and [p.answer for p in load_problems(file, answer_field="answer")] == [""]
+
+
+def test_a_small_dataset_says_what_it_is_too_small_for(tmp_path, capsys):
+    file = write(tmp_path / "x.jsonl", [{"problem": f"{i}?", "answer": "2"} for i in range(4)])
+    config = types.SimpleNamespace(dataset=file, critic_model=None, max_prompt_tokens=64, prompt_field=None, answer_field=None, suffix="",
+                             reward=None, eval_problems=8, eval_every=1, seed=0, prompts_per_step=4)
+    training_problems(config, load_tokenizer(BUILTIN_MODEL))
+    assert capsys.readouterr().out == f"{file}: has too few problems to hold any out, so no accuracy will be measured\n"
+    config.eval_every, config.prompts_per_step = 0, 8
+    training_problems(config, load_tokenizer(BUILTIN_MODEL))
+    assert capsys.readouterr().out == (f"{file}: has 4 problems to train on, so each step of --prompts-per-step 8 has some "
+                                       "of them more than once\n")
+
+
 @pytest.mark.parametrize("solution, answer", [
     ("so \\boxed 2", "2"), ("$x=\\boxed{3}$ or $x=\\boxed{4}$", "3, 4"), ("no box: \\boxed{", ""), ("1+1 = 2\n#### 2", "2"),
     (" ", ""), ("first \\fbox{3}.", "3")])
@@ -154,6 +175,9 @@ def test_gold_answers_to_which_nothing_could_be_right_are_dropped_or_refused(tmp
         problems, verifier = load_problems(write(tmp_path / "x.jsonl", rows)), Verifier(1)
         drop_unverifiable(problems, [], verifier, "x.jsonl")
         assert [p.id for p in problems] == [*range(150)]
+        write_dropped(tmp_path / "dropped.json", {7}, "x.jsonl")  # a resumed run leaves out what it did before
+        for dataset, dropped in ("x.jsonl", {7}), ("y.jsonl", {150}):
+            assert drop_unverifiable(load_problems(str(tmp_path / "x.jsonl")), [], verifier, dataset, tmp_path) == dropped
         with pytest.raises(InputError, match="x.jsonl, row 151: .* cannot be read as mathematics"):
             drop_unverifiable(load_problems(write(tmp_path / "x.jsonl", rows))[60:], [], verifier, "x.jsonl")
         verifier.close()

@@ -17,6 +17,7 @@ from engines import Response, sample_tokens
 from eval import (
     BENCHMARKS,
     EvalConfig,
+    RolloutFile,
     benchmark_metrics,
     bootstrap_interval,
     evaluate_policy,
@@ -169,6 +170,8 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
     assert len(json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "p.jsonl")]["pass@2"]) == 3
     done = run(*command, "--temperature", "0.5")
     assert done.returncode == 2 and "holds an evaluation with temperature 1.0, and this one has 0.5" in done.stderr
+    done = run(*command[:-1], "1")
+    assert done.returncode == 2 and "has 2 samples per problem, and its table would become one of 1; give --samples 2" in done.stderr
     (tmp_path / "p.jsonl").write_text('{"problem": "Compute 1+2 modulo 10.", "answer": "3"}\n')
     done = run(*command)
     assert done.returncode == 2 and "has another text or answer" in done.stderr and "Traceback" not in done.stderr
@@ -183,6 +186,18 @@ def test_a_file_that_is_no_evaluation_is_not_touched(tmp_path, name, text, messa
     done = run("eval.py", "--benchmarks", "chain", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
+
+
+def test_a_disk_that_takes_a_part_of_a_line_is_asked_again(tmp_path):
+    class Slow:
+        def write(self, data):
+            written.extend(data[:7])
+            return len(data[:7])
+
+    file, written = RolloutFile.__new__(RolloutFile), bytearray()
+    file.file = Slow()
+    file.write({"problem": "a long line"})
+    assert json.loads(written) == {"problem": "a long line"} and written.endswith(b"\n")
 
 
 def test_benchmarks_while_training_by_hand():

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, complaint, metrics, run
 
 import curves
-from cli import BUILTIN_MODEL
+from cli import BUILTIN_MODEL, InputError
 from data import Problem, load_tokenizer
 from engines import Response
-from log import Lines, Log
+from log import Lines, Log, shown
 from reward import verify
 from sppo import SPPO, TrainConfig, train
 from tools.curves import main, write_page
@@ -126,6 +126,15 @@ def test_a_baselines_metrics_may_be_tensors_or_none(tmp_path):
     log.add({"reward": 0.5}, None, {"tensor": torch.tensor(0.25), "numpy": np.float32(0.75)})
     log.write(1, 1.0)
     assert (log.line["tensor"], log.line["numpy"]) == (0.25, 0.75)
+    with pytest.raises(InputError, match=r"the metric mine has shape \(2,\); give one number"):
+        log.add({"mine": torch.zeros(2)})
+
+
+def test_what_a_sample_earned_is_shown():
+    s = {"prompt": "1+1?", "response": "2", "answer": "3", "finished": True, "value": None, "advantage": None}
+    for reward, math, own in (1.0, "right", "reward 1.00"), (0.0, "wrong: it is 3", "reward 0.00"):
+        assert f"[{math}]" in shown({**s, "reward": reward}, None) and f"[{own}]" in shown({**s, "reward": reward}, "f.py:f")
+    assert "[cut off]" in shown({**s, "reward": 0.0, "finished": False}, "f.py:f")
 
 
 @pytest.mark.parametrize("metric", ["reward/errors", "reward/timeouts", "reward/crashes"])

@@ -15,7 +15,7 @@ from engines import Response
 from inflight import InFlight
 from log import Clock
 from rollout import Sampler
-from sppo import Baseline, TrainConfig, checked
+from sppo import Baseline, TrainConfig, checked_advantages
 
 
 def test_every_problem_comes_once_an_epoch_in_a_new_order():
@@ -147,6 +147,8 @@ def test_what_is_in_flight_survives_a_checkpoint(monkeypatch):
     run.steps(1, 4)
     assert any(s.reward is None and s.response.ids for s in run.in_flight.started)
     resumed.in_flight.load_state_dict(run.in_flight.state_dict())
+    with pytest.raises(InputError, match="responses in flight, which would be lost; give the --oversample"):
+        FakeRun(lengths).in_flight.load_state_dict(run.in_flight.state_dict())
     shorter = FakeRun(lengths, oversample=2.0, max_response_tokens=2)
     with pytest.raises(InputError, match="a response in flight that has [0-9]+ tokens already"):
         shorter.in_flight.load_state_dict(run.in_flight.state_dict())
@@ -164,16 +166,27 @@ def test_what_a_new_baseline_gives_is_checked():
         def state_dict(self):
             return self.state
 
+        def advantages(self, batch):
+            return self.given(batch)
+
     batch, new = SimpleNamespace(rewards=torch.zeros(4), mask=torch.ones(4, 7, dtype=torch.bool)), New(None)
     for shape in (4,), (4, 7):
-        assert not checked(torch.zeros(shape, requires_grad=True) * 2, new, batch).requires_grad
+        for dtype in torch.float32, torch.float64, torch.bool:
+            new.given = lambda batch, shape=shape, dtype=dtype: torch.ones(shape, dtype=dtype)
+            assert checked_advantages(new, batch).dtype == torch.float32
+        new.given = lambda batch, shape=shape: torch.zeros(shape, requires_grad=True) * 2
+        assert not checked_advantages(new, batch).requires_grad
     for bad, said in (torch.zeros(4, 1), r"torch.Size\(\[4, 1\]\)"), ([0.0] * 4, "list"), (None, "NoneType"):
+        new.given = lambda batch, bad=bad: bad
         with pytest.raises(InputError, match=rf"New.advantages gave {said}; it must give a tensor of torch.Size\(\[4\]\)"):
-            checked(bad, new, batch)
-    for new.state in {}, {"mean": 0.5, "seen": [1, 2], "weights": torch.zeros(3)}:
+            checked_advantages(new, batch)
+    new.given = lambda batch: batch.rewards.sub_(0.5)
+    with pytest.raises(InputError, match="New.advantages changed batch.rewards"):
+        checked_advantages(new, batch)
+    for new.state in {}, {"mean": 0.5, "seen": [1, 2], "weights": torch.zeros(3)}, {"mean": np.float32(0.5)}:
         check_state(new)
-    for new.state in {"mean": np.float32(0.5)}, {"net": {"weight": torch.zeros(3)}}:
-        with pytest.raises(InputError, match="New.state_dict: '(mean|net)' cannot be kept in a checkpoint"):
+    for new.state in {"mean": np.zeros(3)}, {"net": {"weight": torch.zeros(3)}}, {"run": object()}:
+        with pytest.raises(InputError, match="New.state_dict: '(mean|net|run)' cannot be kept in a checkpoint"):
             check_state(new)
 
 

@@ -123,9 +123,11 @@ def test_what_is_random_is_noticed_in_policy_and_critic(tmp_path, device):
             model.check_rows("the model", 64)
 
 
-@pytest.mark.parametrize("first, later, warns", [(1e-6, 1e-4, False), (0.03, 0.1, False), (0.03, 0.2, True), (1e-6, 0.03, True)])
-def test_a_gap_that_grows_is_a_warning(first, later, warns, tmp_path, capsys):
-    written = log.Log(TrainConfig(output=str(tmp_path), steps=2))
+@pytest.mark.parametrize("first, later, old_logprobs, warns", [
+    (1e-6, 1e-4, "policy", False), (0.03, 0.1, "policy", False), (0.03, 0.2, "policy", True), (1e-6, 0.03, "policy", True),
+    (1e-6, 0.03, "rollout", False)])  # there, how far the policy has moved is in it too
+def test_a_gap_that_grows_is_a_warning(first, later, old_logprobs, warns, tmp_path, capsys):
+    written = log.Log(TrainConfig(output=str(tmp_path), steps=2, old_logprobs=old_logprobs))
     for step, gap in enumerate((first, later), 1):
         written.add({"reward": 0.5, "response_tokens": 9.0, "policy/rollout_gap": gap})
         written.write(step, 1.0)

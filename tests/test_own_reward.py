@@ -100,7 +100,7 @@ def test_the_first_that_takes_too_long_is_said(module, capfd):
 
 
 @pytest.mark.parametrize("reward, message", [
-    ("no.py:f", "there is no file 'no.py'"), ("f", "there is no file"), ("{own}:one", "too many positional"), ("{own}:absent", "has no attribute 'absent'"), ("{own}", "give FILE.py:FUNCTION"),
+    ("no.py:f", "there is no file 'no.py'"), ("f", "it names no function"), ("{own}:one", "too many positional"), ("{own}:absent", "own.py has no function 'absent'"), ("{own}", "give FILE.py:FUNCTION"),
     ("{broken}:f", "ZeroDivisionError"), ("{exits}:f", "SystemExit")])
 def test_what_cannot_be_imported_is_one_sentence(module, reward, message):
     (module.parent / "broken.py").write_text("1 / 0")
@@ -180,6 +180,11 @@ def test_two_ranks_train_are_killed_go_on_and_are_evaluated(tmp_path):
     rewards = [json.loads(text)["reward"] for text in (tmp_path / "e.jsonl").read_text().splitlines()[1:]]
     table = json.loads((tmp_path / "e.json").read_text())["chain"]
     assert len(rewards) == 512 and table["avg@2"][0] == pytest.approx(np.mean(rewards)) and "maj@2" not in table
+    with (tmp_path / "short.py").open("a") as file:
+        file.write("# edited\n")
+    again = run("eval.py", *own, "--model", tmp_path / "run", "--benchmarks", "chain", "--samples", "2", "--dtype", "float32",
+                "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
+    assert again.returncode == 2 and "short.py:short (" in again.stderr  # with a mark of the file's content
     again = run("eval.py", "--reward", "", "--model", tmp_path / "run", "--benchmarks", "chain", "--samples", "2", "--dtype", "float32",
                 "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
     assert again.returncode == 2 and "holds an evaluation with reward " in again.stderr
@@ -188,6 +193,13 @@ def test_two_ranks_train_are_killed_go_on_and_are_evaluated(tmp_path):
 def test_a_reward_that_cannot_be_used_stops_a_run_at_once(tmp_path):
     done = run("sppo.py", "--reward", "no.py:f", "--output", tmp_path)
     assert done.returncode == 2 and "--reward no.py:f: cannot be used" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_tells_how_many_verifications_failed(module, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "Compute 1+1 modulo 10.", "answer": "raise"}\n')
+    done = run("eval.py", "--reward", f"{module}:bad", "--benchmarks", tmp_path / "p.jsonl", "--samples", "2", "--output",
+               tmp_path / "e.jsonl", "--engine", "transformers")
+    assert done.returncode == 0 and "warning: 2 verifications took too long or failed" in done.stdout, done.stderr
 
 
 def test_suffix_and_answers_of_any_kind(tmp_path):

@@ -1,4 +1,5 @@
 """What happens when a run is killed, starved, told to stop, or fed garbage: nothing is lost, and nothing lies."""
+import errno
 import importlib.util
 import json
 import os
@@ -7,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, environment, metrics, run, started, torchrun, wait_for
 from safetensors.torch import load_file, save_file
 
-from cli import BUILTIN_MODEL, InputError
+from checkpoint import _is_complete, existing
+from cli import BUILTIN_MODEL, InputError, replace_file
 from critic import PromptCritic
 from log import Log
 from sppo import TrainConfig
@@ -280,6 +283,26 @@ def variant(folder, tokenizer=None, generation=None):
 
 SETTINGS = ["--temperature", "1", "--max-prompt-tokens", "64", "--max-response-tokens", "64", "--dtype", "float32",
             "--no-checkpoint-activations", "--save-every", "0"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_broken(two_checkpoints, tmp_path, monkeypatch):
+    """Or the run would go on from the one before, and delete it."""
+    def fails(path, *arguments):
+        raise OSError(errno.EIO, "Input/output error")
+    newest = existing(two_checkpoints)[-1]
+    assert _is_complete(newest)
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(InputError, match="step-00000002: cannot be read now .*Input/output error.*; try again, or delete it"):
+        _is_complete(newest)
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    for text in "one", "two":
+        replace_file(tmp_path / "x.json", text)
+        assert [file.read_text() for file in tmp_path.iterdir()] == [text]
+    with pytest.raises(TypeError):
+        replace_file(tmp_path / "x.json", None)
+    assert (tmp_path / "x.json").read_text() == "two"
 
 
 def test_odd_rows_and_an_odd_tokenizer(tmp_path):
