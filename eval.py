@@ -26,9 +26,10 @@ import torch.distributed as dist
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, run_of, say
 from data import BOXED_SUFFIX, CHAIN, ENDINGS, check_model, load_problems, load_tokenizer, reading, render
 from engines import make_engine
+from equality import equal
 from log import progress
 from machine import check_ranks, compute_dtype, init_distributed
-from reward import MAX_ANSWER_CHARS, equal, extract_answer
+from reward import MAX_ANSWER_CHARS, extract_answer
 from rollout import make_verifier, reward_code, sample_and_verify, tell_failures
 
 # Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
@@ -321,8 +322,7 @@ def run_evaluation(c):
     for name in ("temperature", "top_p", "top_k", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
     settings["reward"] = reward_code(c)
-    name = (run_of(c.model) or Path(c.model)).name
-    records = RolloutFile(c.output or f"runs/eval/{name}.jsonl", settings)
+    records = RolloutFile(c.output or f"runs/eval/{(run_of(c.model) or Path(c.model)).name}.jsonl", settings)
     for key, p in jobs.items():
         old = records.done.get(key)
         if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):

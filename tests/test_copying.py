@@ -71,11 +71,12 @@ USE_VERIFIER = """
     verifier.close()"""
 
 
-@pytest.mark.parametrize("how", ["one file", "pasted", "pasted without a guard"])
+@pytest.mark.parametrize("how", ["copied", "pasted", "pasted without a guard"])
 def test_the_verifier(tmp_path, how):
     """Its workers import the file in which it stands: they must not run what the file does."""
-    if how == "one file":
-        shutil.copy(ROOT / "reward.py", tmp_path)
+    for name in ("equality.py", "notation.py", *(["reward.py"] if how == "copied" else [])):
+        shutil.copy(ROOT / name, tmp_path)
+    if how == "copied":
         code = "from reward import Verifier\n" + textwrap.dedent(USE_VERIFIER)
     elif how == "pasted":
         code = inspect.getsource(reward) + ENDED + USE_VERIFIER
@@ -92,7 +93,7 @@ def test_the_verifier(tmp_path, how):
 def test_an_engine_with_the_files_that_it_names(tmp_path, engine):
     if engine == "VLLMEngine":
         pytest.importorskip("vllm")
-    for name in ("engines.py", "cli.py", "log.py", "machine.py", "reward.py"):
+    for name in ("engines.py", "cli.py", "log.py", "machine.py", "reward.py", "equality.py", "notation.py"):
         shutil.copy(ROOT / name, tmp_path)
     printed, error = runs(tmp_path, f"""
 from engines import {engine}

@@ -12,10 +12,11 @@ from conftest import ROOT, run
 from cli import BUILTIN_MODEL, InputError
 from data import BOXED_SUFFIX, drop_unverifiable, load_problems
 from engines import Response
+from equality import verifiable
 from eval import EvalConfig
 from policy import Policy
 from ppo import PPO, PPOConfig
-from reward import Verifier, verifiable
+from reward import Verifier
 from rollout import Batch
 from spo import SPO, SPOConfig
 from sppo import TrainConfig, clipped_policy_loss, policy_step, weigh_sequences

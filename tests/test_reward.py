@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 
-from reward import MAX_WORKER_BYTES, Verifier, equal, equal_at_once, extract_answer, last_boxed, verify
+from equality import equal, equal_at_once
+from reward import MAX_WORKER_BYTES, Verifier, extract_answer, last_boxed, verify
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 HOSTILE = [f"\\boxed{{{answer}}}" for answer in [
@@ -92,7 +94,7 @@ def test_labelled_answers(verifier):
 
 
 def test_a_worker_imports_sympys_units_before_the_first_deadline():
-    code = ("import sys, reward; [reward.equal(form, reward.WARM_UP_GOLD) for form in reward.WARM_UP]; "
+    code = ("import sys, equality, reward; [equality.equal(form, reward.WARM_UP_GOLD) for form in reward.WARM_UP]; "
             "sys.exit('sympy.physics.units' not in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -160,6 +162,8 @@ def test_whole_numbers_are_compared_at_once(monkeypatch):
 
 def test_waiting_costs_a_right_answer_nothing_but_not_for_ever(tmp_path):
     """The deadline is of processor time: a machine with too much to do is not the answer's fault."""
+    for name in "equality.py", "notation.py":
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "sleeping.py").write_text((ROOT / "reward.py").read_text() + """
 import time
 compare = equal

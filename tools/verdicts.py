@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 from cli import say
+from equality import plain_number
 from eval import per_problem
-from reward import Verifier, plain_number
+from reward import Verifier
 
 
 def plain_math_verify(text, gold):
