@@ -214,18 +214,21 @@ def resume(run, baseline):
         raise InputError(f"{path}: is of a run of {theirs}, and this is {ours}; {other}")
     if meta["step"] > c.steps:
         raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
-    now = state_of(run, baseline)
+    now, values = state_of(run, baseline), meta["values"]
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
-    tensors = {name: tensor for name, tensor in now.items() if isinstance(tensor, DTensor)}
-    differing = sorted(now.keys() ^ (saved.keys() | meta["values"].keys())) or sorted(
-        name for name, tensor in tensors.items() if name not in saved or tensor.shape != saved[name].size)
+    tensors = {name: tensor for name, tensor in now.items() if isinstance(tensor, DTensor)}  # of the models
+    # A baseline's own may be None before its first step, in this run or in the saved one.
+    others = {name for name, tensor in now.items() if isinstance(tensor, torch.Tensor)} - tensors.keys()
+    differing = sorted({*(saved.keys() - now.keys()), *(tensors.keys() - saved.keys()),
+                        *(others - saved.keys() - values.keys())}) or sorted(
+        name for name, tensor in tensors.items() if tensor.shape != saved[name].size)
     if differing:
         raise InputError(f"{path}: belongs to another model ({differing[0]} differs); {other}")
     for name in saved.keys() - tensors.keys():  # small, perhaps of another length: every rank reads it all
         tensors[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
     dcp.load(tensors, storage_reader=reader)  # fills the sharded ones in place
-    state = {**meta["values"], **tensors}
+    state = {**values, **tensors}
     for part, owner in parts_of(run, baseline).items():
         owner.load_state_dict({name.removeprefix(f"{part}/"): value for name, value in state.items()
                                if name.startswith(f"{part}/")})
