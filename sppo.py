@@ -224,7 +224,7 @@ def checked_advantages(baseline, batch):
                          f"{batch.mask.shape}")
     if not torch.equal(rewards, batch.rewards):
         raise InputError(f"{name}.advantages changed batch.rewards; give a new tensor: batch.rewards - ...")
-    return advantages.detach().float()
+    return advantages.detach() if advantages.is_floating_point() else advantages.float()
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_what_a_new_baseline_gives_is_checked():
     for shape in (4,), (4, 7):
         for dtype in torch.float32, torch.float64, torch.bool:
             new.given = lambda batch, shape=shape, dtype=dtype: torch.ones(shape, dtype=dtype)
-            assert checked_advantages(new, batch).dtype == torch.float32
+            assert checked_advantages(new, batch).dtype == {torch.bool: torch.float32}.get(dtype, dtype)
         new.given = lambda batch, shape=shape: torch.zeros(shape, requires_grad=True) * 2
         assert not checked_advantages(new, batch).requires_grad
     for bad, said in (torch.zeros(4, 1), r"torch.Size\(\[4, 1\]\)"), ([0.0] * 4, "list"), (None, "NoneType"):
