@@ -82,8 +82,9 @@ def read(text):
                 return None
             if len(numbers) == len(sides):
                 return numbers[0]
-            if sum(side.is_Symbol for side in sides[:-1]) > 1:  # x = y = 1 is x = 1, y = 1
-                return sympy.FiniteSet(*(sympy.Eq(side, sides[-1], evaluate=False) for side in sides[:-1]))
+            if len(sides) > 2 and sum(side.is_Symbol for side in sides) > 1:  # x = y = 1 is x = 1, y = 1
+                x = next((side for side in sides[::-1] if not side.is_Symbol), min(sides, key=str))
+                return sympy.FiniteSet(*(sympy.Eq(side, x, evaluate=False) for side in sides if side != x))
             return value
         return value if isinstance(value, sympy.Basic | sympy.MatrixBase) else None
 

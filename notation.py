@@ -117,7 +117,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"^\s*([A-Z])\s*(?=\([^()]*,[^()]*\)$)", r"\1="),
     # Repeated names of points, brackets around a base, Chinese units, C for binomials: 1011_{(2)}, 30元.
     (r"^(\([a-z, ]+\)\s*=)(.*)", lambda m: m[1] + re.sub(r"\([a-z, ]+\)\s*=", "", m[2])),
-    (r"\((\w+)\)_\{(\d+)\}", r"\1_{\2}"), (r"(?<=\d)_\{\((\d+)\)\}", r"_{\1}"),
+    (r"\((\d\w*)\)_\{(\d+)\}", r"\1_{\2}"), (r"(?<=\d)_\{\((\d+)\)\}", r"_{\1}"),
     (r"(?<=[\d}])\s*(?!\S*[万亿千百十半或和])[\u4e00-\u9fff]{1,4}$", ""),
     (r"(?<![a-zA-Z\\}])C_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     (r"\{\}[_^]\{?(\w+)\}?C_\{?(\w+)\}?", r"\\binom{\1}{\2}"),
@@ -172,7 +172,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
      r"(?:k\s*\\in[\s{]*(?:\\mathbb[\s{]*)?Z|(?![jkmn])[a-zA-Z]\s*\\in\s*\\mathbb[\s{]*R)[\s})]*$", ""),
     # So is the argument of a function, y(x) = x^2, and the name in front of cases.
     (r"^([a-zA-Z])\([a-z]\)\s*=(?!.*[=,])", r"\1="),
-    (r"^[a-zA-Z](?:\([a-z]\))?\s*=(?=[^=&]*&)(?!.*matrix)", ""),
+    (r"^[a-zA-Z](?:\([a-z]\))?\s*=(?=[^=&]*&.*,)(?!.*matrix)", ""),
     # A word in front is left out: about 5.
     (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
