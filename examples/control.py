@@ -9,18 +9,20 @@ s_0 alone, predicts V, the chance that the trajectory will succeed (R = 1) and n
 
     A = R - V(s_0)                                         the same for each step of the trajectory
     r_t = pi(a_t | s_t) / pi_old(a_t | s_t)
-    maximise  min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)    averaged over all steps; eps = 0.2
+    maximise  min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)    averaged over the mini-batch's steps; eps = 0.2
               where A < 0, never less than 3 A             (the dual clip)
     fit V with binary cross-entropy against R
 
-The formulas are imported from sppo.py and ppo.py, where they train language models.
+A and the clipped loss (`sequence_advantages`, `clipped_policy_loss`) are imported from sppo.py, where they
+train language models; PPO's formulas from ppo.py.
 
-A random policy succeeds seldom or never, and nothing can be learned from failures alone. A language model has
-imitated texts before, and so the policy here imitates an expert first: (1) the expert learns with PPO from
-the environment's dense reward, one for each step; (2) a clone imitates the expert's successful trajectories,
-until it succeeds now and then; (3) the clone goes on by trial and error with the binary reward.
+A random policy succeeds seldom or never, but in Pendulum, and failures alone hardly tell what to do. A
+language model has imitated texts before, and so the policy here imitates an expert first: (1) the expert
+learns with PPO from the environment's dense reward, one for each step; (2) a clone imitates the expert's
+successful trajectories, until it succeeds now and then; (3) the clone goes on by trial and error with the
+binary reward.
 
-Read `SPPO` and `train` first; then what they need: trajectories, networks, tasks, and the clone.
+Read `SPPO` and `train` first; then what they need: trajectories, networks, other baselines, tasks, the clone.
 Needs Gymnasium: pip install -r requirements-control.txt (or make control).
 """
 import argparse
@@ -50,11 +52,13 @@ DEMONSTRATIONS = 32  # trajectories of the expert; the clone imitates those that
 tensor = partial(torch.as_tensor, dtype=torch.float32)
 
 # ---- SPPO, and the loop ------------------------------------------------------------------------------------
-# Shapes: B trajectories in a batch, b in a mini-batch; T steps in the batch's longest; D numbers in a state.
+# Shapes: B trajectories in a batch, b in a mini-batch; T steps in the batch's longest; D numbers in a state,
+# D' in an action.
 
 class SPPO:
-    """The baseline (what is subtracted from R) is V(s_0) = sigmoid(logit), and the critic gives the logit. It
-    begins near 1/2. (sppo.py's begins at the mean R of the first batch.)"""
+    """What differs between the methods is the baseline, which is subtracted from R; `train` is the same for
+    all. SPPO's is V(s_0) = sigmoid(logit), and the critic gives the logit. V begins near 1/2, because an
+    untrained logit is near 0. (sppo.py's V begins at the mean R of the first batch.)"""
 
     def __init__(self, task):
         self.critic = Network(task.scale, 1)
@@ -70,11 +74,13 @@ class SPPO:
         return F.binary_cross_entropy_with_logits(logits, batch.success[rows])
 
 
-def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, stop=lambda curve: False):
+def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3,
+          after_update=lambda curve: False):
     """Trains `policy` in place. Returns the curve: the share of successes in each update's batch.
-    `stop(curve)` is called after each update; if it returns True, the training ends."""
+    `after_update(curve)` may look at it; if it returns True, the training ends."""
     torch.manual_seed(seed)
-    envs, baseline, curve = task.make(task.batch, seed), make_baseline(task), []
+    envs = task.make(task.batch, seed)
+    baseline, curve = make_baseline(task), []
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), lr=lr),
                                   dict(params=baseline.critic.parameters(), lr=critic_lr)])
     while len(curve) < updates:
@@ -85,11 +91,12 @@ def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3, s
         for _ in range(EPOCHS):
             for rows in torch.randperm(task.batch).chunk(MINIBATCHES):  # [b]
                 logprobs = policy(batch.states[rows]).log_prob(batch.actions[rows])  # [b, T]
+                # Its eps is 0.2 and its dual clip 3, unless others are given; [b] counts for all T steps.
                 loss, _ = clipped_policy_loss(logprobs, old[rows], advantages[rows], batch.mask[rows])
                 # Policy and critic share no parameters, so the sum gives each the gradient of its own loss.
                 step(optimizer, loss + baseline.loss(batch, rows))
         curve.append(batch.success.mean().item())
-        if stop(curve):
+        if after_update(curve):
             break
     return curve
 
@@ -113,17 +120,18 @@ def sample(task, envs, policy):
         state, reward, terminated, truncated, _ = envs.step(policy.to_env(action))
         steps.append((state, action, reward, running))
         ended |= running & terminated  # by the environment, and not by the time limit (truncated)
-        # An environment that is done starts over by itself. The mask leaves out what it does from there on.
+        # An environment that is done starts over by itself, on its next step. So the state after the last
+        # step is still the trajectory's. The mask leaves out what comes from there on.
         running = running & ~(terminated | truncated)
     states, actions, rewards, mask = zip(*steps, strict=True)
     states = np.stack((first, *states), 1)  # [B, T + 1, D]: with the state after the last step
     rewards, mask = np.stack(rewards, 1), np.stack(mask, 1)
-    every, length = np.arange(envs.num_envs), mask.sum(1)
-    last = states[every, length]  # [B, D]: after each trajectory's last step
-    success = task.success(last, rewards[every, length - 1], ended)
+    rows, length = np.arange(envs.num_envs), mask.sum(1)
+    last = states[rows, length]  # [B, D]: after each trajectory's last step
+    success = task.success(last, rewards[rows, length - 1], ended)
     states, rewards, mask, success = map(tensor, (states, rewards, mask, success))
     return SimpleNamespace(states=states[:, :-1], actions=torch.stack(actions, 1), mask=mask, success=success,
-                           dense=task.dense(states, rewards) * mask)
+                           dense=task.expert_rewards(states, rewards) * mask)
 
 
 # ---- the networks ------------------------------------------------------------------------------------------
@@ -150,7 +158,7 @@ class Policy(nn.Module):
         space = task.make(1, seed=0).single_action_space
         self.limit = getattr(space, "high", None)  # [D']: the largest numbers allowed; None: discrete actions
         self.net = Network(task.scale, space.n if self.limit is None else len(space.high))
-        self.log_std = nn.Parameter(torch.full(space.shape, -0.5))
+        self.log_std = nn.Parameter(torch.full(space.shape, -0.5))  # not used for discrete actions
 
     def forward(self, states):
         outputs = self.net(states)
@@ -167,8 +175,10 @@ class Policy(nn.Module):
 # ---- other baselines ---------------------------------------------------------------------------------------
 
 class PPO:
-    """A critic that sees every s_t. GAE makes an advantage for each step from its values. They are whitened:
-    in each batch their mean becomes 0 and their standard deviation 1."""
+    """A critic that sees every s_t. GAE makes an advantage for each step from its values. With gamma = lam =
+    1 it is R - V(s_t): SPPO's with s_t for s_0. They are whitened: in each batch their mean becomes 0 and
+    their standard deviation 1. As usual in PPO, V is the critic's output itself, fitted by squared error, and
+    moves by `value_clip` at most. `advantages` is called before `loss`, which needs what it keeps."""
 
     def __init__(self, task, whitened=True, dense=False, gamma=1.0, lam=1.0, value_clip=0.5):
         self.critic = Network(task.scale, 1)
@@ -191,7 +201,7 @@ class PPO:
 
 
 class BatchMean:
-    """The least that can be subtracted: the mean R of the batch. Nothing in it learns."""
+    """The simplest baseline: the mean R of the batch. Nothing in it learns."""
 
     def __init__(self, task):
         self.critic = nn.Identity()  # no parameters, so that `train` needs no special case
@@ -203,11 +213,13 @@ class BatchMean:
         return 0
 
 
-# SPPO does not whiten. So "PPO, not whitened" tells what the critic alone changes.
+# SPPO does not whiten. So "PPO, not whitened" tells what the critic changes: what it sees, how it is fitted.
 METHODS = {"SPPO": SPPO, "PPO": PPO, "PPO, not whitened": partial(PPO, whitened=False),
            "batch mean": BatchMean}
 
 # ---- the tasks ---------------------------------------------------------------------------------------------
+
+# Horizons, batches and what is a success are the paper's; how experts and clones learn is ours.
 
 @dataclass
 class Task:
@@ -218,7 +230,7 @@ class Task:
     scale: tuple  # states are divided by these D numbers, so that the networks see values around 1
     # The expert's rewards: (states [B, T + 1, D], the environment's rewards [B, T]) -> [B, T]. Divided by
     # 100, because the environment's rewards add up to hundreds, and an untrained critic's values are near 0.
-    dense: Callable = lambda states, rewards: rewards / 100
+    expert_rewards: Callable = lambda states, rewards: rewards / 100
     # How the expert learns: the horizon, the discount, the learning rate, and the share of successes at which
     # it is done.
     expert_horizon: int = 1000
@@ -253,22 +265,23 @@ class Pendulums(PendulumEnv):
 
 
 def pumped_energy(states, rewards):
-    """MountainCar's reward says nothing before the goal, so the energy that a step adds counts too. The slope
-    pulls with -0.0025 cos(3 position). So the potential energy is 0.0025 / 3 sin(3 position)."""
+    """Before the goal, MountainCar's reward says only not to push, so the energy that a step adds counts too.
+    The slope pulls with -0.0025 cos(3 position). So the potential energy is 0.0025 / 3 sin(3 position)."""
     position, speed = states.unbind(-1)
     energy = speed**2 / 2 + 0.0025 / 3 * torch.sin(3 * position)
     return rewards / 100 + 1000 * energy.diff(dim=1)
 
 
 TASKS = {
-    # Never to fall, and to end within half a degree of upright. State: position, speed, angle, its speed.
+    # Never to fall or leave the track, and to end within half a degree of upright. State: position, speed,
+    # angle, its speed.
     "CartPole": Task(partial(make_vec, "CartPole-v1"), horizon=200, batch=64, scale=(1, 1, 0.1, 1),
                      success=lambda s, reward, ended: ~ended & (abs(s[:, 2]) <= radians(0.5))),
     # To reach the goal, at 0.45. State: position, speed.
     "MountainCar": Task(partial(make_vec, "MountainCarContinuous-v0"), horizon=1000, batch=8, scale=(1, 0.07),
-                        success=lambda s, reward, ended: s[:, 0] >= 0.45, dense=pumped_energy),
-    # Never to fall, and to get more than a metre forward. The state begins with this distance, for `success`
-    # alone: divided by inf it is 0, and no network sees it.
+                        success=lambda s, reward, ended: s[:, 0] >= 0.45, expert_rewards=pumped_energy),
+    # To stay healthy, as Gymnasium calls it, and to get more than a metre forward. The state begins with this
+    # distance, for `success` alone: divided by inf it is 0, and no network sees it.
     "Hopper": Task(partial(make_vec, "Hopper-v5", exclude_current_positions_from_observation=False),
                    horizon=1000, batch=8, scale=(inf, *[1] * 11), expert_gamma=0.99, expert_lr=3e-4,
                    success=lambda s, reward, ended: ~ended & (s[:, 0] > 1)),
@@ -286,13 +299,14 @@ TASKS = {
 # ---- where the policy comes from: an expert, and its clone -------------------------------------------------
 
 def train_expert(task, seed, updates=1000):
-    """PPO on the dense reward, until enough trajectories of the last five batches also succeed."""
+    """PPO on the dense reward, until enough trajectories of the last five batches also succeed, or `updates`
+    are over."""
     torch.manual_seed(seed)
     policy = Policy(task)
     ppo = partial(PPO, dense=True, gamma=task.expert_gamma, lam=0.95, value_clip=inf)
     task = replace(task, horizon=min(task.horizon, task.expert_horizon))
     curve = train(task, policy, ppo, updates, seed, lr=task.expert_lr,
-                  stop=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
+                  after_update=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
     print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward, and "
           f"succeeds in {sum(curve[-5:]) / 5:.0%}.")
     return policy
@@ -303,7 +317,7 @@ def clone(task, expert, seed, target):
     trajectories: a perfect clone would leave nothing to learn. (Its true share is lower, because the first 32
     that reach the target were partly lucky.)"""
     torch.manual_seed(seed)
-    envs, policy = task.make(DEMONSTRATIONS, seed + 1000), Policy(task)
+    envs, policy = task.make(DEMONSTRATIONS, seed + 1000), Policy(task)  # other s_0 than in training
     shown = sample(task, envs, expert)
     if not shown.success.any():
         raise SystemExit(f"The expert of seed {seed} never succeeds: give another --seed")
@@ -322,16 +336,18 @@ def clone(task, expert, seed, target):
 
 
 def start(name, seed, target=None):
-    """The clone. It and the expert are kept in runs/control, so that all methods start from the same."""
+    """The clone. It and the expert are kept in runs/control, so that all methods start from the same.
+    target: as in `clone`; tools/control.py gives others than the task's."""
     task, folder = TASKS[name], ROOT / "runs" / "control"
     target = target or task.cloned
 
     def kept(file, make):
+        """The policy in this file; the first time, make() trains it."""
         policy = Policy(task)
         if not (folder / file).exists():
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(make().state_dict(), folder / file)
-        print(f"From {folder / file} (to train it anew, delete it).")
+        print(f"From {folder / file} (to train it anew, delete it; with an expert, also its clones).")
         policy.load_state_dict(torch.load(folder / file))
         return policy
 
@@ -355,7 +371,7 @@ def main():
             print(f"{len(curve) * task.batch:7,} trajectories: {mean:4.0%} succeed ", "#" * round(50 * mean),
                   flush=True)
 
-    curve = train(task, policy, METHODS[args.method], args.updates, args.seed, stop=show)
+    curve = train(task, policy, METHODS[args.method], args.updates, args.seed, after_update=show)
     import matplotlib.pyplot as plt
     plt.plot([task.batch * (i + 1) for i in range(len(curve))], curve)
     plt.gca().set(title=f"{args.method} on {args.task}", xlabel="trajectories", ylabel="share of successes")
