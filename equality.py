@@ -28,7 +28,7 @@ _KNOWN = {name for names in (
     # names
     "overline bar vec hat overrightarrow angle triangle ell alpha beta gamma Gamma delta Delta epsilon zeta",
     "varepsilon eta theta Theta kappa lambda Lambda mu nu xi Xi rho sigma Sigma tau phi Phi varphi chi psi",
-    "Psi omega Omega") for name in names.split()}
+    "Psi omega Omega dot ddot") for name in names.split()}
 # What it would misread: nothing, two numbers side by side, a number with an index, !!, a date, a backslash
 # before a sign, other alphabets and signs, words.
 _UNKNOWN = re.compile(r"^\s*$|\d\s+\d|\d_|!!|\d{4}-\d\d-\d\d|(?<!\\)\\(?![{}\\|])|[^\x00-\x7f]|[#?:~'\"@`]|"

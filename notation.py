@@ -201,7 +201,7 @@ def clean(text):
     text = unicodedata.normalize("NFKC", text)  # full-width digits, and those signs
     text = re.sub("[Α-ΡΣ-Ωα-ω]", _letter, text)
     for pattern, form in _FORMS:
-        text = pattern.sub(form, text)
+        text = pattern.sub(form, text).lstrip()
     return text.strip(" ,").rstrip(".").strip()
 
 
@@ -230,12 +230,12 @@ def unit_of(text):
     if sign := re.search(r"(?<=\\)\$|[€¥¢£₹]|^\$(?!.*\$)", text):  # but $5$ is a formula
         return {sign[0]: 1}
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*$", r"\\text{degrees}", text.replace("°", r"^\circ"))
-    name = r"\\(?:text|mathrm|mbox|textrm)[\s{]*[a-zA-Z./^\d\s]+\}"
+    name = r"\\(?:text|mathrm|mbox|textrm)[\s{~]*[a-zA-Z./^\d\s~]+\}"
     text = re.sub(rf"\\frac\s*\{{\s*({name})\s*\}}\s*\{{\s*({name}.*)\}}$", r"\1/\2", text)
     factor = (rf"\s*(?:/|\\cdot|\\times|\\,)?\s*(?:{name}|(?<=[\d\s}}]){_UNIT})"
               r"(?:\^\s*\{?-?\d\}?)?")
     found = re.search(rf"\d.*?((?:{factor})+)\.?$", text)
-    unit = re.sub(r"\\[a-z]+|[{}]|\\,", " ", found[1].replace(".", "")) if found else ""
+    unit = re.sub(r"\\[a-z]+|[{}~]|\\,", " ", found[1].replace(".", "")) if found else ""
     factors = re.findall(r"(/|\bper\b)?\s*(?!per\b)([a-zA-Z]+)(?:\s*\^\s*(-?\d))?", unit)
     return {UNITS.get(name.casefold().rstrip("s"), name): int(power or 1) * (-1 if over else 1)
             for over, name, power in factors}
