@@ -397,8 +397,8 @@ def draw_variances(axes, runs):
             axes.bar(x, predicted - noise, 0.85, noise, color="#41ab5d")
             axes.plot([x - 0.43, x + 0.43], [measured] * 2, color="black")
             ticks[x] = {CONSTANT: "constant", "SPPO": "V", ORACLE: "oracle"}[name]
-        axes.text(3.6 * group + 1, 0.005, f"{size} prompts per step", ha="center", fontsize=8)
-    axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.text(3.6 * group + 1, 0.005, f"{size} prompts", ha="center", fontsize=8)
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=35, ha="right")
     axes.set_title("variance of A: grey is noise, green the\nbaseline's error, black what was measured",
                    loc="left", fontsize=9)
     axes.grid(axis="x", visible=False)
