@@ -17,7 +17,7 @@ from critic import PromptCritic
 from data import load_problems, load_tokenizer, render
 from engines import Response, make_engine, stop_tokens
 from policy import Policy
-from ppo import whiten
+from ppo import TokenCritic, whiten
 from rollout import Batch
 from spo import normalize
 from sppo import TrainConfig, policy_step
@@ -132,6 +132,13 @@ def test_a_gap_that_grows_is_a_warning(first, later, old_logprobs, warns, tmp_pa
         written.add({"reward": 0.5, "response_tokens": 9.0, "policy/rollout_gap": gap})
         written.write(step, 1.0)
     assert ("warning: trainer and engine differ five times as much" in capsys.readouterr().out) == warns
+
+
+def test_a_smaller_critic_reads_ids_of_the_policy_that_stand_for_no_token(device):
+    critic = TokenCritic(BUILTIN_MODEL, device, kind="mse", clip=0.2, minibatch=4, **OPTIONS)
+    size = critic.module.backbone.config.vocab_size
+    beyond, last = (critic.values([([1, 2], [number, 3, 4])]) for number in (size + 7, size - 1))
+    assert torch.equal(beyond, last)
 
 
 # ---- files of a model --------------------------------------------------------------------------------------
