@@ -293,7 +293,7 @@ def drop_unverifiable(problems, held_out, verifier, dataset, resumed=None):
     def unverifiable():
         before = Path(resumed or "", "dropped.json")
         known = json.loads(before.read_text()) if resumed and before.is_file() else {}
-        if known.get("dataset") == dataset:
+        if known.get("dataset") == dataset and known.get("own_reward") == bool(verifier.reward):
             return {p.id for p in both} & {*known["rows"]}
         return {both[i].id for i in verifier.unverifiable([p.answer for p in both])}
 
@@ -311,9 +311,9 @@ def drop_unverifiable(problems, held_out, verifier, dataset, resumed=None):
     return bad
 
 
-def write_dropped(path, rows, dataset):
-    """Writes what `drop_unverifiable` returned, for a run that is resumed."""
-    replace_file(path, json.dumps({"dataset": dataset, "rows": sorted(rows)}))
+def write_dropped(path, rows, c):
+    """Writes what `drop_unverifiable` returned, for a run that is resumed. c: the run's options."""
+    replace_file(path, json.dumps(dict(dataset=c.dataset, own_reward=bool(c.reward), rows=sorted(rows))))
 
 
 def shuffled_epochs(problems, first, count, seed):

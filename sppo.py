@@ -419,7 +419,7 @@ def begin(run, baseline):
         log = Log(c, step)
         if is_main():  # eval.py evaluates the trained model on what was held out here
             data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c)
-            data.write_dropped(f"{c.output}/dropped.json", run.dropped, c.dataset)
+            data.write_dropped(f"{c.output}/dropped.json", run.dropped, c)
 
     if error := checkpoint.first_disk_error(lock):
         raise InputError(f"{c.output}: {error}")

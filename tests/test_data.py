@@ -175,7 +175,9 @@ def test_gold_answers_to_which_nothing_could_be_right_are_dropped_or_refused(tmp
         problems, verifier = load_problems(write(tmp_path / "x.jsonl", rows)), Verifier(1)
         drop_unverifiable(problems, [], verifier, "x.jsonl")
         assert [p.id for p in problems] == [*range(150)]
-        write_dropped(tmp_path / "dropped.json", {7}, "x.jsonl")  # a resumed run leaves out what it did before
+        for reward, left_out in ("f.py:f", {150}), (None, {7}):  # a resumed run leaves out what it did before, if it judges alike
+            write_dropped(tmp_path / "dropped.json", {7}, types.SimpleNamespace(dataset="x.jsonl", reward=reward))
+            assert drop_unverifiable(load_problems(str(tmp_path / "x.jsonl")), [], verifier, "x.jsonl", tmp_path) == left_out
         for dataset, dropped in ("x.jsonl", {7}), ("y.jsonl", {150}):
             assert drop_unverifiable(load_problems(str(tmp_path / "x.jsonl")), [], verifier, dataset, tmp_path) == dropped
         with pytest.raises(InputError, match="x.jsonl, row 151: .* cannot be read as mathematics"):
