@@ -129,6 +129,22 @@ def test_a_hub_dataset_that_repeats_its_problems_is_parsed_once(monkeypatch, cap
     assert "Reading hub/repeats from the hub" in printed and "dropped 2,497 of 2,500 rows" in printed
 
 
+@pytest.mark.parametrize("options, message", [
+    ({}, "row 1: has no problem; it has the fields input, output; "),
+    ({"prompt_field": "inputs", "answer_field": "output"}, "has no field 'inputs' for --prompt-field; it has the fields input, output")])
+def test_a_hub_dataset_with_other_columns_names_them(monkeypatch, options, message):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input": f"{i}+1?", "output": str(i + 1)} for i in range(3)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows[: (split != "none") * 3]))
+    with pytest.raises(InputError, match="hub/other") as error:
+        load_problems("hub/other", **options)
+    assert message in str(error.value)
+    named = load_problems("hub/other", prompt_field="input", answer_field="output")
+    assert [(p.id, p.answer) for p in named] == [(0, "1"), (1, "2"), (2, "3")]
+    with pytest.raises(InputError, match="hub/other:none: has no problems"):
+        load_problems("hub/other:none")
+
+
 @pytest.mark.parametrize("text, message", [
     ("", "has no problems"), ("\n\n", "has no problems"), ('{"problem": "1+1?", "answer": "2"}\n{oops', "line 2: is not JSON"),
     ("[1]", "row 1: is a list"), ('{"answer": "2"}', "row 1: has no problem"), ('{"problem": "1+1?"}', "row 1: has no answer"),
