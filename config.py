@@ -16,7 +16,7 @@ class TrainConfig(CommandLine):
     """The options of every training script. Algorithms add theirs in a subclass."""
     model: str = option(BUILTIN_MODEL, "policy: a hub name, a folder, or a run's folder [built-in]",
                         group="what to train on")
-    dataset: str = option("chain", "built-in chain[:SIZE], FILE.{jsonl,json,csv,parquet} or HUB/NAME[:SPLIT]")
+    dataset: str = option("chain", "chain[:SIZE], FILE.{jsonl,json,csv,parquet} or HUB/NAME[/CONFIG][:SPLIT]")
     prompt_field: str | None = option(None, "the problem's field in a row [problem, question or prompt]")
     answer_field: str | None = option(None, "the answer's field in a row [answer, solution or ground_truth]")
     output: str = option("runs/sppo", "folder for all that the run writes, with the trained model")

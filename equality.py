@@ -53,11 +53,28 @@ def _grader():
     return grader
 
 
+@lru_cache
+def _parser():
+    """The library's parser, but numbers side by side are a product: 2\\binom{4}{2} is 12. It adds them, as
+    in a mixed number. (Those, `clean` has made fractions.)"""
+    from latex2sympy2_extended import latex2sympy2
+    from sympy import Mul
+
+    class Parser(latex2sympy2._Latex2Sympy):
+        def convert_postfix_list(self, parts, i=0):
+            value = super().convert_postfix_list(parts, i)
+            return Mul(value, 1, evaluate=False) if i and getattr(value, "is_Rational", False) else value
+
+    config = latex2sympy2.ConversionConfig(lowercase_symbols=False)
+    return lambda text: Parser(None, True, False, config=config).parse(
+        latex2sympy2.normalize_latex(text, latex2sympy2.NormalizationConfig()))
+
+
 @lru_cache(1000)
 def read(text):
     """Sympy's form of an answer, or None if not all of it can be read."""
     import sympy
-    from latex2sympy2_extended.latex2sympy2 import And, ConversionConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import And
     if _ORDERED.search(re.sub(r"[\s{}]", "", text)):
         return None
     text = clean(text).rstrip("%")
@@ -66,10 +83,8 @@ def read(text):
     commands = set(re.findall(r"\\([a-zA-Z]+)", text))
     if _UNKNOWN.search(words) or commands - _KNOWN or braces.count("{") != braces.count("}"):
         return None
-    options = {"is_real": True, "convert_degrees": False, "conversion_config": ConversionConfig(
-        interpret_as_mixed_fractions=False, lowercase_symbols=False)}
     with contextlib.suppress(Exception):  # the parser raises many kinds
-        value = solutions(latex2sympy(text.replace(";", ""), **options), ";" in text)
+        value = solutions(_parser()(text.replace(";", "")), ";" in text)
         if hasattr(value, "as_explicit"):  # a product or a sum of matrices
             value = value.as_explicit().doit()
         if any(d.doit() == 0 for d in value.atoms(sympy.Derivative)):
@@ -225,6 +240,8 @@ def equal(answer, gold):
         return False
     if chosen and (not chosen[1] or given and not given[1]):  # at least one is a letter alone
         return given is not None or words == gold_words
+    if re.fullmatch(r"(?:\(\d\)){2,}", gold_text):  # (1)(3): which statements hold, and no product
+        return words.replace(",", "") == gold_words
     if _WORDS.fullmatch(gold_words):  # a list has no order; and AB may be written A, B or (A), (B)
         if (sorted(word.rstrip("s") for word in words.split(","))
                 == sorted(word.rstrip("s") for word in gold_words.split(","))

@@ -63,7 +63,7 @@ class GRPO(Baseline):
 
 
 class RLOO(GRPO):
-    """The same without a bias: a response is not part of its own baseline."""
+    """The mean of the group's other responses: without a response's own reward, the baseline has no bias."""
 
     def advantages(self, batch):
         return rloo_advantages(batch.rewards, self.samples_per_prompt)

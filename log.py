@@ -241,8 +241,8 @@ class Log:
         text += (f" The model is in {c.output}/model, for transformers and vllm to load; all metrics are in "
                  f"{c.output}/metrics.jsonl, and responses of each step in {c.output}/samples.jsonl.")
         if c.model == BUILTIN_MODEL:
-            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it again; or "
-                     "train your own model with --model and --dataset (see the README).")
+            text += (" Next: read sppo.py, change what it subtracts from the reward, and run it with another "
+                     "--output; or train your own model with --model and --dataset (see the README).")
         say("\n".join(textwrap.wrap(text, 100, break_on_hyphens=False)))
         try:
             from curves import draw  # here, for matplotlib takes a second, which a run need not wait for

@@ -21,7 +21,8 @@ _SAME = {name: form for form, names in [  # what becomes of a command, or of a s
     (r"\times ", "×"), (r"\cdot ", "* · ⋅"), ("/", "div ÷ ⁄"), (r"\pm ", "±"), (r"\infty ", "infinity inf ∞"),
     ("<", "lt"), (">", "gt"), (r"\le ", "leq leqslant <= ≤"), (r"\ge ", "geq geqslant >= ≥"),
     ("=", "equiv ≡"), (r"\ne ", "neq != ≠"), (r"\approx ", "≈"), (r"\to ", "→"), (r"\pmod ", "mod bmod"),
-    ("(", "langle"), (")", "rangle"), ("|", "mid vert lvert rvert"), (r"\emptyset ", "varnothing ∅"),
+    ("(", "langle"), (")", "rangle"), (r"\{", "lbrace"), (r"\}", "rbrace"),
+    ("|", "mid vert lvert rvert"), (r"\emptyset ", "varnothing ∅"),
     (r"\in ", "∈"), (r"\cup ", "∪"), (" or ", "lor vee"), (" and ", "land wedge"), (r"\mathbb{R}", "R"),
     (",", "、"), (r"\angle ", "∠"), (r"\ldots ", "dots cdots dotsc ..."), (r"^\circ ", "degree deg °"),
     (r"\epsilon ", "varepsilon"), (r"\phi ", "varphi"), (r"\theta ", "vartheta"),
@@ -88,8 +89,6 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
      lambda m: m[1].replace("&", r"\\") + m[2]),
     # The empty set, and all reals but some: \{ \}, \mathbb{R} - \{0\}.
     (r"\\\{\s*\\\}", r"\\emptyset "), (r"(\\mathbb\s*\{R\})\s*(?:-|\\backslash)", r"\1\\setminus "),
-    # 2(\frac{1}{3}) is a product, and no mixed number.
-    (r"(\d)\s*(?=\(\s*\\frac)", r"\1\\cdot "),
     # Brackets may do what braces do: \sqrt(2), x^(n+1), \max\{3, 5\}.
     (r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}"),
     (r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}", r"\\\1(\2)"),
@@ -124,8 +123,9 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A residue is a number and its modulus: 2 \pmod 5, 2 (mod 5), 2 (\text{mod } 5).
     (r"^([^=]+=)?([^,=]+?)[\s(]*(?:\\text\s*\{\s*mod\s*\}|\\pmod|\bmod)[\s({]*(\w+)[\s)}]*$",
      r"\1(\2\\mod \3,\3)"),
-    # A mixed number: 1 1/2.
-    (r"(?<![\d}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+    # A mixed number: 1 1/2, 1\frac{1}{2}.
+    (r"(?<![\d}.])(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s(\d+)\s*/\s*(\d+)(?!\d))",
+     lambda m: _fraction(int(m[1]) * int(m[3] or m[5]) + int(m[2] or m[4]), m[3] or m[5])),
     # "and" and "or" make a list, also within a text. For conditions, they differ.
     (r"\\text\s*\{([^{}]*(?:\b(?:and|or)\b|[或和])[^{}]*)\}", r" \1 "),
     (r",?\s*(?i:(?<![a-z\\])and(?![a-z]))|[;和]", ","),
@@ -150,6 +150,8 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"((?:^|,)[^,&]*?(?<![\d_a-zA-Z])(?<!_\{)\d[^,&]*?)(?:"
      r"\s*\^\s*\\circ\s*(?:\\text[\s{]*)?[CFK]?[\s}]*|\s*\^?[\s{]*(?:\\text[\s{]*)?(?:st|nd|rd|th)\b[\s}]*|"
      rf"(?:{_UNIT_TEXT}|(?<=[\d}})\s])(?<![a-zA-Z]){_UNIT})(?:\^\s*\{{?\d\}}?)?)\s*(?=$|,|%)", r"\1"),
+    # A fraction of two plain numbers comes first: 1/2x is \frac{1}{2}x, 4/3\pi r^3 is \frac{4}{3}\pi r^3.
+    (r"(?<![\w.}])(\d+)\s*/\s*(\d+)(?=\s*(?:[a-zA-Z(]|\\pi|\\sqrt))", r"\\frac{\1}{\2}"),
     # Two signs are two answers: \pm 1, \pm 2 and 2 \pm \sqrt{3}.
     (r"(?:^|(?<=,))([^,()=]*)\\pm(?![a-z])((?:(?!\\pm)[^,()])*)(?=,[^,()]*\\pm)", r"\1+\2,\1-\2"),
     (r"^([^=]*=)?([^=]*?)\\pm(?![a-z])([^\\]*(?:\\(?!pm)[^\\]*)*)$", r"\2+\3,\2-\3"),
@@ -176,14 +178,17 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     # A word in front is left out: about 5.
     (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
-    (r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}"),
+    (r"(\d*)\.(\d+)", lambda m: _fraction(int(m[1] + m[2]), 10 ** len(m[2]))),
 ]]
+
+
+def _fraction(over, under):
+    return rf"\frac{{{over}}}{{{under}}}"
 
 
 def _repeating(whole, start, period):
     """0.1666... as a fraction: whole = 0, start = 1, period = 6."""
-    less = int(whole + start)
-    return rf"\frac{{{int(whole + start + period) - less}}}{{{'9' * len(period) + '0' * len(start)}}}"
+    return _fraction(int(whole + start + period) - int(whole + start), "9" * len(period) + "0" * len(start))
 
 
 def _letter(m):
@@ -196,8 +201,11 @@ def _letter(m):
 def clean(text):
     """The text of an answer in one of the many notations in which it can be written."""
     text = " ".join(text.split()).strip("* ")
-    for signs, form in ("[²³¹⁰-⁻]+", "^"), ("[₀-₉]+", "_"), ("[¼-¾⅐-⅞]", ""), ("[ℂℕℚℝℤ]", r"\\mathbb"):
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)  # a mixed number: 1½
+    for signs, form in (("[²³¹⁰-⁻]+", "^"), ("[₀-₉]+", "_"), (r"(?<!\d )[¼-¾⅐-⅞]", ""),
+                        ("[ℂℕℚℝℤ]", r"\\mathbb")):
         text = re.sub(signs, rf"{form}{{\g<0>}}", text)
+    text = re.sub("[①-⑨]", r"(\g<0>)", text)
     text = unicodedata.normalize("NFKC", text)  # full-width digits, and those signs
     text = re.sub("[Α-ΡΣ-Ωα-ω]", _letter, text)
     for pattern, form in _FORMS:

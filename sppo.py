@@ -197,7 +197,7 @@ class SPPO(Baseline):
         if not self.critic.updates:  # the first step: V becomes the mean of these rewards, for every prompt
             self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)
-        # From then on, V is that of before this step's update, which has not seen these rewards.
+        # It is V before this step's update, so it has not seen these rewards.
         logits = batch.expected  # with --oversample: from when these responses were started
         if logits is None:
             logits = self.critic.logits(self.prompts)
@@ -342,7 +342,7 @@ def policy_step(policy, batch, rows, advantages, config):
     return {f"policy/{name}": value for name, value in policy.step().items()}
 
 
-@record  # so that torchrun shows the first error of any rank last
+@record  # so that torchrun ends what it prints with the error that came first
 def train(config, make_baseline):
     """Trains `config.model`. `make_baseline(run)` builds the algorithm: `SPPO`, or another `Baseline`.
 
@@ -351,7 +351,8 @@ def train(config, make_baseline):
     right. From a notebook:
 
         from sppo import SPPO, TrainConfig, train
-        metrics, folder = train(TrainConfig(dataset="my.jsonl", steps=100, output="runs/mine"), SPPO)
+        config = TrainConfig(model="Qwen/Qwen2.5-0.5B-Instruct", dataset="my.jsonl", output="runs/mine")
+        metrics, folder = train(config, SPPO)
     """
     with contextlib.ExitStack() as closing:
         try:

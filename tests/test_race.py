@@ -13,9 +13,9 @@ from checkpoint import lock
 from tools import claims, race, race_results
 from tools.race import main
 from tools.race_results import (
+    accuracy_text,
     best_rates,
     by_batch,
-    cost_text,
     cost_to,
     difference,
     ratio_text,
@@ -117,19 +117,21 @@ def test_the_first_screens_numbers_are_those_of_the_committed_results():
     first = " ".join((ROOT / "README.md").read_text().split("make demo")[0].split())
     results, half_rate = (json.loads((ROOT / folder / "race.json").read_text()) for folder in ("results", "results/batch16"))
     at_256 = [run for run in by_batch(results) if run["prompts"] == 256]
-    assert f"GRPO needs {ratio_text(speed(at_256, 'responses', 0.7)['GRPO'])} times SPPO's responses** to accuracy 0.7" in first
     ratios = speed(at_256, "responses", 0.7)
-    assert f"per step ({statistics.median(ratios['GRPO at equal responses']):.1f} times)" in first
-    assert f"mean of R ({statistics.median(ratios['a constant']):.1f} times; on one seed, never)" in first
+    assert f"GRPO needs {ratio_text(ratios['GRPO'])} times SPPO's responses** to accuracy 0.7" in first
+    assert f"per step needs {statistics.median(ratios['GRPO at equal responses']):.1f} times SPPO's responses" in first
+    assert f"in the place of V, needs {statistics.median(ratios['a constant']):.1f} times (on one seed, never)" in first
     assert ratios["a constant"].count(math.inf) == 1
-    of_size = [[run for run in by_batch(results) if run["prompts"] == size and run["algorithm"] in ("SPPO", "a constant")]
-               for size in (16, 64)]
-    costs = [cost_text([run for run in runs if run["algorithm"] == name], 0.7).split()[0]
-             for runs in of_size for name in ("SPPO", "a constant")]
-    assert "takes {} responses and the constant {} gets to 0.7; at 64, {} and {}.".format(*costs) in first
+    assert "SPPO has {}, they {} and {}.".format(*(accuracy_text([run for run in at_256 if run["algorithm"] == name]).split()[0]
+                                                   for name in ("SPPO", "GRPO at equal responses", "a constant"))) in first
+    at_16 = [run for run in by_batch(results) if run["prompts"] == 16]
+    arrived = [sum(cost_to(run, 0.7, "responses") < math.inf for run in at_16 if run["algorithm"] == name)
+               for name in ("SPPO", "a constant")]
+    assert "SPPO gets to 0.7 on {} of 5 seeds, and the constant on {}.".format(*arrived) in first
+    assert "SPPO ends {:.3f} ± {:.3f} above it".format(*difference(at_16, "SPPO", "a constant")) in first
     ahead = ["{:.3f} ± {:.3f}".format(*difference(half_rate["batches"]["runs"], "SPPO", other))
              for other in ("a constant", "GRPO at equal responses")]
-    assert "ends only {} above the constant, and {} above GRPO with two".format(*ahead) in first
+    assert "ends only {} above the constant, and {} above GRPO".format(*ahead) in first
 
 
 def ends(name, *accuracy):

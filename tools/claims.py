@@ -60,7 +60,7 @@ def of_the_race(race):
     first, last, begin, end = auc(1), auc(10), without_gradient(0), without_gradient(-1)
     return [
         ("SPPO peaks sooner than GRPO", "5.9 times, in hours (7B)",
-         f"{ratio_text(seconds)} times in seconds, {ratio_text(responses)} in responses",
+         f"seconds: {ratio_text(seconds)} times; responses: {ratio_text(responses)}",
          "yes" if min(seconds) >= 5.9 else "partly" if min(seconds) > 1 else "no",
          "sppo-is-faster-than-grpo"),
         ("SPPO ends as high as GRPO", "58.11 and 57.44 (7B)", grpo_text, no_worse(grpo, grpo_half),
@@ -115,13 +115,14 @@ def claims(folder=ROOT):
         *race[:3],
         ("A small critic lowers the peak of memory", "78.7 % and 91.5 % of a GPU", "only planned", "not run",
          "the-critic-may-be-small"),
-        ("V knows which prompts are hard", "r 0.642, ρ 0.664", f"r {r:.2f}, ρ {rho:.2f}",
+        ("V knows which prompts are hard", "r 0.642, ρ 0.664",
+         f"r {r:.2f}, ρ {rho:.2f} after the demo (seeds: {len(knows)})",
          "yes" if r >= 0.6 and rho >= 0.6 else "partly" if r > 0.3 and rho > 0.3 else "no", "does-v-know"),
         *race[3:6],
         *of_control(load("results/control.json")),
         race[6],
         ("Without groups, 4.35 times the throughput", "one simulated draw (SPO)",
-         f"{min(medians):.1f} to {max(medians):.1f} times, with 10 to 30 % stragglers",
+         f"simulated: {min(medians):.1f} to {max(medians):.1f} times (10 to 30 % stragglers)",
          "yes" if min(medians) >= 4.35 else "partly" if max(medians) >= 4.35 else "no", "stragglers")]
 
 

@@ -253,7 +253,7 @@ def draw_critic(plt, measured, responses):
         above.plot([value[those].mean() for those in alike], [share[those].mean() for those in alike], "s-",
                    color=PRAISE, markeredgecolor=INK, markersize=5, label="mean of prompts with similar V")
         knows = "" if at["r"] is None else f"\nr {at['r']:.2f}, \N{GREEK SMALL LETTER RHO} {at['rho']:.2f}"
-        above.set(xlim=(-0.05, 1.05), ylim=(-0.08, 1.08), aspect="equal",
+        above.set(xlim=(-0.05, 1.05), ylim=(-0.08, 1.08),
                   title=f"after step {at['step']}{knows}")
         below.hist(value, edges, color="#bbbbbb", label="V(prompt)")
         below.hist(share, edges, histtype="step", color=BLAME, label="share right")

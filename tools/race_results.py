@@ -343,7 +343,8 @@ def draw_accuracy(axes, runs, names, named, target=None):
         rows = [smooth([start[run["seed"]], *run["accuracy"][1:]]) for run in seeds]
         if name in named:
             x, *end = band(axes, seeds[0]["responses"], rows, colour, line)
-            ends.setdefault(x, []).append((*end, name, colour))
+            sample = {"-": "—", "--": "– –", "-.": "–·–"}[line]
+            ends.setdefault(x, []).append((*end, f"{sample} {name}", colour))
         else:
             band(axes, seeds[0]["responses"], rows, "#b5b5b5", line, shade=0)
     for x, here in ends.items():  # names above each other, in the order of the lines
