@@ -34,7 +34,7 @@ race-quick: install  ## one seed of SPPO and GRPO at the papers' batch: four min
 lesson: install  ## the pictures of docs/pictures, from three runs of the built-in model: half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lesson
 
-control: install  ## SPPO without a language model (examples/control.py): a minute, after installing Gymnasium
+control: install  ## SPPO without a language model (examples/control.py): one to three minutes, after installing Gymnasium
 	$(BIN)/python -m pip install -q -r requirements-control.txt
 	OMP_NUM_THREADS=1 $(BIN)/python examples/control.py
 

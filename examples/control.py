@@ -1,7 +1,7 @@
 """SPPO without a language model: control tasks with one binary reward (arXiv 2604.08865, section 5.3).
 
-    python examples/control.py                                 CartPole learns to end upright, in a minute
-    python examples/control.py --task Pendulum --method PPO    another task, another baseline
+    python examples/control.py        CartPole learns to end upright, in one to three minutes
+    python examples/control.py --task MountainCar --method PPO --updates 15    another task, another baseline
 
 SPPO treats a response as one action, and nothing in that needs language. Here a trajectory takes the place
 of the response, its initial state s_0 that of the prompt, and a step that of a token. A critic, which sees
@@ -16,11 +16,11 @@ s_0 alone, predicts V, the chance that the trajectory will succeed (R = 1) and n
 A and the clipped loss (`sequence_advantages`, `clipped_policy_loss`) are imported from sppo.py, where they
 train language models; PPO's formulas from ppo.py.
 
-A random policy succeeds seldom or never, but in Pendulum, and failures alone hardly tell what to do. A
-language model has imitated texts before, and so the policy here imitates an expert first: (1) the expert
-learns with PPO from the environment's dense reward, one for each step; (2) a clone imitates the expert's
-successful trajectories, until it succeeds now and then; (3) the clone goes on by trial and error with the
-binary reward.
+Except in Pendulum, an untrained policy seldom or never succeeds, and from failures alone there is little to
+learn. A language model has imitated texts before it learns from rewards. So here, too, the policy first
+imitates an expert: (1) the expert learns with PPO from the environment's dense reward, one for each step;
+(2) a clone imitates the expert's successful trajectories, until it succeeds now and then; (3) the clone goes
+on by trial and error with the binary reward.
 
 Read `SPPO` and `train` first; then what they need: trajectories, networks, other baselines, tasks, the clone.
 Needs Gymnasium: pip install -r requirements-control.txt (or make control).
@@ -56,9 +56,10 @@ tensor = partial(torch.as_tensor, dtype=torch.float32)
 # D' in an action.
 
 class SPPO:
-    """What differs between the methods is the baseline, which is subtracted from R; `train` is the same for
-    all. SPPO's is V(s_0) = sigmoid(logit), and the critic gives the logit. V begins near 1/2, because an
-    untrained logit is near 0. (sppo.py's V begins at the mean R of the first batch.)"""
+    """A baseline, which is subtracted from R. The methods differ in this class alone (PPO's also whitens),
+    and `train` is the same for all. Here it is V(s_0) = sigmoid(logit), and the critic gives the logit. V
+    begins near 1/2, because an untrained logit is near 0. (sppo.py's V begins at the mean R of the first
+    batch.)"""
 
     def __init__(self, task):
         self.critic = Network(task.scale, 1)
@@ -91,7 +92,7 @@ def train(task, policy, make_baseline, updates, seed, lr=3e-4, critic_lr=1e-3,
         for _ in range(EPOCHS):
             for rows in torch.randperm(task.batch).chunk(MINIBATCHES):  # [b]
                 logprobs = policy(batch.states[rows]).log_prob(batch.actions[rows])  # [b, T]
-                # Its eps is 0.2 and its dual clip 3, unless others are given; [b] counts for all T steps.
+                # With its defaults: eps 0.2, dual clip 3. Advantages [b] count for each of the T steps.
                 loss, _ = clipped_policy_loss(logprobs, old[rows], advantages[rows], batch.mask[rows])
                 # Policy and critic share no parameters, so the sum gives each the gradient of its own loss.
                 step(optimizer, loss + baseline.loss(batch, rows))
@@ -177,8 +178,9 @@ class Policy(nn.Module):
 class PPO:
     """A critic that sees every s_t. GAE makes an advantage for each step from its values. With gamma = lam =
     1 it is R - V(s_t): SPPO's with s_t for s_0. They are whitened: in each batch their mean becomes 0 and
-    their standard deviation 1. As usual in PPO, V is the critic's output itself, fitted by squared error, and
-    moves by `value_clip` at most. `advantages` is called before `loss`, which needs what it keeps."""
+    their standard deviation 1. As usual in PPO, V is the critic's output itself, fitted by squared error. A
+    value that has moved `value_clip` towards its return gets no further gradient. `advantages` is called
+    before `loss`, which needs what it keeps."""
 
     def __init__(self, task, whitened=True, dense=False, gamma=1.0, lam=1.0, value_clip=0.5):
         self.critic = Network(task.scale, 1)
@@ -285,13 +287,13 @@ TASKS = {
     "Hopper": Task(partial(make_vec, "Hopper-v5", exclude_current_positions_from_observation=False),
                    horizon=1000, batch=8, scale=(inf, *[1] * 11), expert_gamma=0.99, expert_lr=3e-4,
                    success=lambda s, reward, ended: ~ended & (s[:, 0] > 1)),
-    # To have a leg on the ground, near the middle. State: x first, the two legs' contacts last. A crash also
-    # brings the legs to the ground. It is told by its reward, -100.
+    # To have a leg on the ground, near the middle. State: x first, the two legs' contacts last. After a crash
+    # the legs may touch the ground too, but then the last reward is -100.
     "LunarLander": Task(partial(make_vec, "LunarLander-v3"), horizon=1000, batch=16, scale=(1,) * 8,
                         success=lambda s, reward, ended:
                         (s[:, 6:].max(1) == 1) & (abs(s[:, 0]) < 0.4) & (reward > -100), expert_success=0.3),
-    # To end upright. State: the angle's cosine, its sine, its speed. With some seeds, a random policy does so
-    # in a quarter of its trajectories, so the clone is stopped later.
+    # To end within 37 degrees of upright. State: the angle's cosine, its sine, its speed. With some seeds, a
+    # random policy does so in a quarter of its trajectories, so the clone is stopped later.
     "Pendulum": Task(Pendulums, horizon=1000, batch=16, scale=(1, 1, 8), expert_horizon=200, cloned=0.5,
                      success=lambda s, reward, ended: s[:, 0] > 0.8),
 }
@@ -301,6 +303,7 @@ TASKS = {
 def train_expert(task, seed, updates=1000):
     """PPO on the dense reward, until enough trajectories of the last five batches also succeed, or `updates`
     are over."""
+    print("Training the expert ...", flush=True)
     torch.manual_seed(seed)
     policy = Policy(task)
     ppo = partial(PPO, dense=True, gamma=task.expert_gamma, lam=0.95, value_clip=inf)
@@ -308,14 +311,14 @@ def train_expert(task, seed, updates=1000):
     curve = train(task, policy, ppo, updates, seed, lr=task.expert_lr,
                   after_update=lambda curve: sum(curve[-5:]) / 5 > task.expert_success)
     print(f"The expert took {len(curve)} updates of {task.batch} trajectories with the dense reward, and "
-          f"succeeds in {sum(curve[-5:]) / 5:.0%}.")
+          f"succeeds in {np.mean(curve[-5:]):.0%}.", flush=True)
     return policy
 
 
 def clone(task, expert, seed, target):
     """A policy that imitates the expert's successes, until it succeeds itself in a share `target` of 32
-    trajectories: a perfect clone would leave nothing to learn. (Its true share is lower, because the first 32
-    that reach the target were partly lucky.)"""
+    trajectories. It is stopped early, so that there is more to learn. (Its true share is lower, because the
+    first 32 that reach the target were partly lucky.)"""
     torch.manual_seed(seed)
     envs, policy = task.make(DEMONSTRATIONS, seed + 1000), Policy(task)  # other s_0 than in training
     shown = sample(task, envs, expert)
@@ -330,6 +333,8 @@ def clone(task, expert, seed, target):
             if success >= target:
                 break
         step(optimizer, -policy(states).log_prob(actions).mean())
+    else:
+        raise SystemExit(f"The clone of seed {seed} never gets to {target:.0%}: give another --seed")
     print(f"The clone took {steps} steps on {shown.success.sum():.0f} of the expert's trajectories, and "
           f"succeeds in {success:.0%} of its own.", flush=True)
     return policy
@@ -344,24 +349,30 @@ def start(name, seed, target=None):
     def kept(file, make):
         """The policy in this file; the first time, make() trains it."""
         policy = Policy(task)
-        if not (folder / file).exists():
+        if (folder / file).exists():
+            print(f"From {folder / file}. (To begin anew, delete {folder}.)")
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(make().state_dict(), folder / file)
-        print(f"From {folder / file} (to train it anew, delete it; with an expert, also its clones).")
         policy.load_state_dict(torch.load(folder / file))
         return policy
 
-    expert = kept(f"{name}-{seed}-expert.pt", lambda: train_expert(task, seed))
-    return kept(f"{name}-{seed}-clone-{target}.pt", lambda: clone(task, expert, seed, target))
+    def expert():
+        return kept(f"{name}-{seed}-expert.pt", lambda: train_expert(task, seed))
+    return kept(f"{name}-{seed}-clone-{target}.pt", lambda: clone(task, expert(), seed, target))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="CartPole")
-    parser.add_argument("--method", choices=METHODS, default="SPPO")
-    parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", choices=TASKS, default="CartPole", help="[CartPole]")
+    parser.add_argument("--method", choices=METHODS, default="SPPO", metavar="METHOD",
+                        help=" or ".join(map(repr, METHODS)) + " [SPPO]")
+    parser.add_argument("--updates", type=int, default=100,
+                        help="each of 64 trajectories in CartPole, and of 8 or 16 elsewhere [100]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
     args = parser.parse_args()
+    if args.updates < 1 or args.seed < 0:
+        parser.error("--updates must be at least 1, and --seed at least 0")
     torch.set_num_threads(1)  # more threads only slow so small networks down
     task, policy = TASKS[args.task], start(args.task, args.seed)
 

@@ -104,6 +104,22 @@ def test_the_command_trains_and_prints_a_curve(short, monkeypatch, capsys):
     assert kept == {file: file.stat().st_mtime_ns for file in short.glob("runs/control/*.pt")}
 
 
+@pytest.mark.parametrize("option", [("--updates", "0"), ("--seed", "-1")])
+def test_bad_input_is_refused_before_anything_is_trained(short, monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["control.py", *option])
+    with pytest.raises(SystemExit) as end:
+        control.main()
+    assert end.value.code == 2 and "--updates must be at least 1, and --seed at least 0" in capsys.readouterr().err
+    assert not (short / "runs").exists()
+
+
+def test_a_clone_that_cannot_succeed_is_not_kept(short, monkeypatch):
+    monkeypatch.setattr(control, "range", lambda steps: [0, 1, 2], raising=False)  # of 30,000
+    with pytest.raises(SystemExit, match="The clone of seed 0 never gets to 110%"):
+        control.start("CartPole", 0, target=1.1)
+    assert [file.name for file in short.glob("runs/control/*.pt")] == ["CartPole-0-expert.pt"]
+
+
 def test_experiments_go_on_after_the_last_run_that_ended(short, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["control"])
     real, calls = control.train, []
