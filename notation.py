@@ -31,6 +31,9 @@ _SAME = {name: form for form, names in [  # what becomes of a command, or of a s
 
 _TOKEN = r"(\d|[a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument where there is no brace
 _INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # what may stand in braces, with up to two levels in it
+_FUNCTION = r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln"
+_FACTORS = (rf"(\|[^|]*\||(?:[\w.!\s]|\^?\{{{_INSIDE}\}}|"  # side by side, without a function
+            r"\\(?:frac|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|psi|omega)(?![a-z]))+?)")
 # Words that are no unit: a verb, a condition, what changes a number. 7 \text{ is wrong}, 7 \text{ if } x > 0.
 _NO_UNIT = (r"(?:is|are|was|not|plus|minus|if|when|unless|than|but|except|least|most|hundred|dozen|squared|"
             r"cubed|factorial|tenths?)\b")
@@ -140,7 +143,7 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
      r"\1"),
     # In a function, degrees count; in a sum, they do not.
     (r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d\})?\s*[({]?\s*[\d.]+)\s*\^\\circ",
-     r"\1\\cdot\\frac{\\pi}{180}"),
+     r"\1\\frac{\\pi}{180}"),
     (r"\^\\circ(?=\s*[-+])", ""),
     # A rounded value after the exact one is left out: \frac13 \approx 0.33. So is a name in front.
     (r"^\s*(?:(?!\\pi|[ei]\b)\\?[a-zA-Z]+(?:_\{?\w+\}?)?\s*)?\\approx|"
@@ -177,6 +180,10 @@ _FORMS = [(re.compile(pattern), form) for pattern, form in [  # what a pattern b
     (r"^[a-zA-Z](?:\([a-z]\))?\s*=(?=[^=&]*&.*,)(?!.*matrix)", ""),
     # A word in front is left out: about 5.
     (r"^(?:\\text[\s{]*)?(?:about|approximately|exactly)\b[\s}]*", ""),
+    # What a function without brackets is applied to ends where a sign of multiplication or division follows,
+    # but \sin \pi/6 is \sin(\pi/6): \ln 2/2 is \ln(2)/2, \sin x/x is \sin(x)/x.
+    *((rf"(\\(?:{names})(?:[_^]\s*\{{{_INSIDE}\}})*)\s*{_FACTORS}(?=\s*{sign})", r"\1(\2)")
+      for names, sign in ((_FUNCTION, r"(?:\\(?:cdot|times)|/(?!\s*\d))"), ("log|ln", "/"))),
     # A decimal number is a fraction, since floating-point numbers would be rounded.
     (r"(\d*)\.(\d+)", lambda m: _fraction(int(m[1] + m[2]), 10 ** len(m[2]))),
 ]]

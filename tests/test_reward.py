@@ -1,6 +1,8 @@
 """Verification: which part of a response is its answer, is it equal, and what a hostile answer can do (nothing)."""
 import json
+import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 
-from equality import equal, equal_at_once
+from equality import equal, equal_at_once, read
 from reward import MAX_WORKER_BYTES, Verifier, extract_answer, last_boxed, verify
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -79,6 +81,57 @@ def test_each_class_of_answers(verifier):
     scores = verifier.score([response for response, *_ in pairs], [gold for _, gold, _ in pairs])
     failed = [(pair, score) for pair, score in zip(pairs, scores, strict=True) if pair[2] != score]
     assert len(pairs) > 500 and not failed
+
+
+def formula(rng, depth=1):
+    """A formula in some notation, and its value at the point `AT`, computed as it is written."""
+    latex, value = product(rng, depth)
+    for _ in range(rng.choice((0, 1))):
+        (more, number), sign = product(rng, depth), rng.choice("+-")
+        latex, value = f"{latex} {sign} {more}", value + number if sign == "+" else value - number
+    return latex, value
+
+
+def product(rng, depth):
+    latex, value = factor(rng, depth)
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        (more, number), sign = factor(rng, depth), rng.choice(("", " ", r" \cdot ", r"\times "))
+        mixed, call = more.startswith(r"\frac"), latex.endswith((*AT,)) and more.startswith(r"\left")
+        if latex.endswith(FUNCTIONS) or more[0].isdigit() or more[0] == "|" or mixed or call:
+            sign = r"\cdot "
+        latex, value = latex + sign + more, value * number
+    if rng.random() < 0.2 and not latex.endswith(FUNCTIONS[1:]):  # \sin x/2 is \sin(x/2)
+        latex, value = f"{latex}/3", value / 3
+    return latex, value
+
+
+AT = {"x": 1.3, "y": 2.7}
+FUNCTIONS = (r"\ln x", r"\sin y")
+
+
+def factor(rng, depth):
+    kind = rng.choice(("number", "letter", "power", "binomial", "factorial", "root", "logarithm", "sine") if depth < 1 else
+                      ("letter", "fraction", "brackets", "absolute", "floor"))
+    n, m, x = rng.randint(2, 9), rng.randint(0, 3), rng.choice("xy")
+    if kind in ("fraction", "brackets", "absolute", "floor"):
+        inner, value = formula(rng, depth - 1)
+        return {"fraction": (rf"\frac{{{inner}}}{{{n}}}", value / n), "brackets": (rf"\left({inner}\right)", value),
+                "absolute": (f"|{inner}|", abs(value)), "floor": (rf"\lfloor {inner}\rfloor ", math.floor(value))}[kind]
+    return {"number": (f"{n}", n), "letter": (x, AT[x]), "power": (f"{x}^{m}", AT[x] ** m), "factorial": (f"{m}!", math.factorial(m)),
+            "binomial": (rf"\binom{{{n}}}{{{m}}}", math.comb(n, m)), "root": (rf"\sqrt{n}", math.sqrt(n)),
+            "logarithm": (r"\ln x", math.log(AT["x"])), "sine": (r"\sin y", math.sin(AT["y"]))}[kind]
+
+
+def test_a_formula_is_read_as_it_is_written():
+    """Numbers and letters side by side are products; the parser would add 2 and \\binom{4}{2}, or take the sine of all that
+    follows."""
+    rng, wrong = random.Random(int(os.environ.get("TEST_SEED", 0))), []
+    for latex, value in (formula(rng) for _ in range(150)):
+        found = read(latex)
+        number = None if found is None else float(found.doit().subs({x: AT[x.name] for x in found.free_symbols}))
+        if number != pytest.approx(value, rel=1e-6, abs=1e-6):
+            wrong.append((latex, value, found))
+    assert not wrong
 
 
 @pytest.mark.skipif(not (SHARED / "data/answers.jsonl").exists(), reason="needs ../shared/data")
