@@ -200,7 +200,8 @@ class Log:
             self._send(step, line, samples)
             self._warn(line)
             text = [f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"]
-            text += [f"{label} {line[metric]:{form}}" for label, metric, form in self.columns
+            own = {"accuracy": "mean reward"} if self.config.reward else {}
+            text += [f"{own.get(label, label)} {line[metric]:{form}}" for label, metric, form in self.columns
                      if line.get(metric) is not None]
             say("  ".join(text))
             if "reward" in line:

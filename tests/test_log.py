@@ -156,6 +156,14 @@ def test_the_first_line_has_the_gap_of_engine_and_trainer(tmp_path, capsys):
     assert "gap 2e-07" in one and "gap" not in zero + two
 
 
+@pytest.mark.parametrize("reward, name", [(None, "accuracy 0.460"), ("mine.py:reward", "mean reward 0.460")])
+def test_shares_of_a_reward_of_ones_own_are_not_called_accuracy(tmp_path, capsys, reward, name):
+    log = Log(config(tmp_path, reward=reward))
+    log.add({"eval_accuracy": 0.46})
+    log.write(0, 1.0)
+    assert capsys.readouterr().out.strip().endswith(f"  {name}")
+
+
 def test_lines_of_steps_that_are_trained_again_are_removed(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 1, 2, 2, 3)) + '{"step": 4')
