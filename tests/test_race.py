@@ -119,6 +119,8 @@ def test_the_first_screens_numbers_are_those_of_the_committed_results():
     at_256 = [run for run in by_batch(results) if run["prompts"] == 256]
     ratios = speed(at_256, "responses", 0.7)
     assert f"GRPO needs {ratio_text(ratios['GRPO'])} times SPPO's responses** to accuracy 0.7" in first
+    race = next(iter(race_results.protocols(results).values()))  # only its seconds can be compared
+    assert f"and {ratio_text(speed(race, 'seconds', 0.7)['GRPO'])} times its seconds" in first
     assert f"per step needs {statistics.median(ratios['GRPO at equal responses']):.1f} times SPPO's responses" in first
     assert f"in the place of V, needs {statistics.median(ratios['a constant']):.1f} times (on one seed, never)" in first
     assert ratios["a constant"].count(math.inf) == 1
