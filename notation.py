@@ -41,6 +41,10 @@ _NO_UNIT = (r"(?:is|are|was|not|plus|minus|if|when|unless|than|but|except|least|
 _UNIT = (r"(?:[cmk]m|[cmk]?m/(?:s|h|min)|kg|(?<=\d )mg|m[lL]|ft|in|min|hrs?|sec|[mk]ph|km/h|lbs?|oz|"
          rf"M?Hz|k?Pa|kJ|USD|[ap]\.m|(?<=\s)\\Omega|(?!sqrt|frac|{_NO_UNIT})[a-zA-Z]{{4,}})(?![a-zA-Z])")
 UNITS = dict(dollar="$", usd="$", euro="€", eur="€", yen="¥", yuan="¥", rmb="¥", cent="¢")
+_UNIT_WORDS = (  # other names, as sympy knows them
+    (r"\bsquare\s+(\w+)", r"\1^2"), (r"\bcubic\s+(\w+)", r"\1^3"), (r"\bmph\b", "mile/hour"),
+    (r"\bk(?:p|m)h\b", "km/hour"), (r"\bhrs?\b", "hour"), (r"\bsecs?\b", "second"), (r"\bmins?\b", "minute"),
+    (r"\blbs?\b", "pound"))
 # A unit in \text{}: \text{ kg}\cdot\text{m}^2.
 _UNIT_TEXT = (rf"(?:\s*(?:/|\\cdot|\\mu)?\s*\\text\s*\{{(?![^{{}}]*\b{_NO_UNIT})"
               r"(?:[^{}\d]|\{[^{}]*\})*\}(?:\^\s*\{?-?\d\}?)?)+")
@@ -251,6 +255,8 @@ def unit_of(text):
               r"(?:\^\s*\{?-?\d\}?)?")
     found = re.search(rf"\d.*?((?:{factor})+)\.?$", text)
     unit = re.sub(r"\\[a-z]+|[{}~]|\\,", " ", found[1].replace(".", "")) if found else ""
+    for words, form in _UNIT_WORDS:
+        unit = re.sub(words, form, unit)
     factors = re.findall(r"(/|\bper\b)?\s*(?!per\b)([a-zA-Z]+)(?:\s*\^\s*(-?\d))?", unit)
     return {UNITS.get(name.casefold().rstrip("s"), name): int(power or 1) * (-1 if over else 1)
             for over, name, power in factors}
