@@ -9,9 +9,9 @@ from transformers import Qwen2Config
 from machine import init_distributed
 from tools.plan import SETTINGS, count, fake_world
 
-CASES = [("policy", "wide", 300, "none"), ("policy", "deep", 1200, "none"), ("responses", "deep", 600, "none"),
-         *(("policy", "wide", 300, offload) for offload in SETTINGS[1:]),
-         *(("prompts", "wide", 200, offload) for offload in (SETTINGS[0], SETTINGS[-1]))]
+CASES = [("policy", "wide", 100, "none"), ("policy", "deep", 400, "none"), ("responses", "deep", 200, "none"),
+         *(("policy", "wide", 100, offload) for offload in SETTINGS[1:]),
+         *(("prompts", "wide", 100, offload) for offload in (SETTINGS[0], SETTINGS[-1]))]
 
 
 def small(hidden, layers, vocabulary, tied):
@@ -20,7 +20,7 @@ def small(hidden, layers, vocabulary, tied):
                        tie_word_embeddings=tied, dtype=torch.bfloat16)
 
 
-SHAPES = {"wide": small(256, 2, 1000, True), "deep": small(64, 6, 5000, False)}
+SHAPES = {"wide": small(128, 2, 500, True), "deep": small(64, 4, 2000, False)}
 
 
 def counts(fake):

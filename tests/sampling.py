@@ -20,7 +20,7 @@ shutil.copytree(BUILTIN_MODEL, model)
 with open(f"{model}/generation_config.json", "w") as file:
     json.dump({"do_sample": True, "repetition_penalty": 1.3, "top_k": 3}, file)
 tokenizer = load_tokenizer(BUILTIN_MODEL)
-prompts = [render(p.messages, tokenizer) for p in load_problems("chain:48")]
+prompts = [render(p.messages, tokenizer) for p in load_problems("chain:24")]
 config = EvalConfig(engine=sys.argv[1], dtype="float32", vllm_memory=0.5)
 engine = make_engine(config, model, tokenizer, device, max_tokens=128)
 policy = Policy(BUILTIN_MODEL, device, temperature=0.8, lr=1e-3, dtype="float32", checkpoint_activations=False)
@@ -42,7 +42,7 @@ def gap(responses):
 report = {"name": engine.name, "stop": tokenizer.eos_token_id}
 engine.sync(policy.weights())
 report["gaps"] = [gap(sample())]
-for _ in range(3):  # as in training: change, sync, sample, again and again
+for _ in range(2):  # as in training: change, sync, sample, again and again
     with torch.no_grad():
         for parameter in policy.module.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -53,17 +53,17 @@ report["stale"] = stale
 report["ends"] = [(r.ids[-1], r.finished, len(r.ids) == len(r.logprobs)) for r in sample()]
 report["short"] = [(len(r.ids), r.finished) for r in sample(max_tokens=4)]
 report["greedy"] = [[r.ids for r in sample(temperature=0.0)] for _ in range(2)]
-mixed = sample(temperature=[0.0] * 24 + [1.9] * 24)
+mixed = sample(temperature=[0.0] * 12 + [1.9] * 12)
 report["mixed"] = [r.ids for r in mixed]
-report["seeded"] = [[r.ids for r in sample(seeds=list(range(48)))] for _ in range(2)]
+report["seeded"] = [[r.ids for r in sample(seeds=list(range(24)))] for _ in range(2)]
 
 if sys.argv[1] == "vllm":  # the other engine cannot pause
-    first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, pause_after=12, wait_for=[40, 43]))
+    first = dict(engine.generate(prompts, temperature=0.8, max_tokens=60, pause_after=6, wait_for=[4, 22]))
     rest = [i for i, r in first.items() if r.paused]
     limits = [len(first[i].ids) + 2 if i % 2 else 60 for i in rest]
     second = dict(engine.generate([prompts[i] for i in rest], temperature=0.8, max_tokens=limits,
                                   partial=[first[i] for i in rest]))
-    whole = [second[rest.index(i)] if i in rest else first[i] for i in range(48)]
+    whole = [second[rest.index(i)] if i in rest else first[i] for i in range(24)]
     report["ended"] = [i for i, r in first.items() if not r.paused]
     report["paused"] = [(len(first[i].ids), len(whole[i].ids), whole[i].ids[: len(first[i].ids)] == first[i].ids,
                          whole[i].paused) for i in rest]

@@ -11,7 +11,7 @@ from conftest import run
 from cli import InputError
 from explain import Watch, about
 
-QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "32", "--minibatch", "8", "--lr", "5e-4"]
+QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "16", "--minibatch", "4", "--lr", "5e-4"]
 NUMBER = r"([-+]?\d[\d.]*)"
 
 
@@ -21,7 +21,7 @@ def number(pattern, text):
 
 @pytest.mark.parametrize("script, options", [
     ("sppo.py", []), ("grpo.py", []), ("grpo.py", ["--baseline", "rloo"]), ("grpo.py", ["--baseline", "remax"]),
-    ("ppo.py", ["--critic-warmup", "5"]), ("spo.py", ["--init-samples", "0"]), ("sppo.py", ["--minibatch", "32"])])
+    ("ppo.py", ["--critic-warmup", "5"]), ("spo.py", ["--init-samples", "0"]), ("sppo.py", ["--minibatch", "16"])])
 def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
     done = run(script, *QUICK, *options, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
         assert (box == gold) == (reward == 1) and (box in told.split(" box ")[0] or "there is none" in box)
         low, high = number("updates: #", told), number("updates: [\\d.]+ to #", told)
         assert low <= number(r"; # at token", told) <= high
-        if "32" in options[1:]:
+        if "16" in options[1:]:
             assert low == high == 1 and "after 0 updates" in told
         else:
             assert low < high and "after 3 updates" in told
@@ -73,7 +73,7 @@ def test_a_screen_that_agrees_with_itself(tmp_path, script, options):
             expected = ((reward - statistics.mean(group)) * 8 / 7 if "rloo" in options else
                         (reward - statistics.mean(group)) / statistics.stdev(group))
             assert len(group) == 8 and advantage == pytest.approx(expected, abs=2e-3)
-    if "32" not in options[1:]:
+    if "16" not in options[1:]:
         assert clipped  # those that the ratio moved most come first
     assert number(r"gradient +norm #", screen) > 0
 

@@ -32,23 +32,23 @@ def test_responses_say_whether_they_finished(report):
         assert finished == (last == report["stop"])
         assert complete
     assert any(finished for _, finished, _ in report["ends"])
-    assert report["short"] == [[4, False]] * 48
+    assert report["short"] == [[4, False]] * 24
 
 
 def test_temperatures_and_seeds(report):
     assert report["greedy"][0] == report["greedy"][1]
-    assert report["mixed"][:24] == report["greedy"][0][:24]
-    assert report["mixed"][24:] != report["greedy"][0][24:]
+    assert report["mixed"][:12] == report["greedy"][0][:12]
+    assert report["mixed"][12:] != report["greedy"][0][12:]
     assert report["seeded"][0] == report["seeded"][1]
     assert set(report["many"]) == {3}
 
 
 def test_what_is_paused_is_continued(report):
-    """Once 12 of 48 have ended, and two that are waited for, the others are paused; each is written to its own limit in a
+    """Once 6 of 24 have ended, and two that are waited for, the others are paused; each is written to its own limit in a
     second pass."""
     if "paused" not in report:
         pytest.skip("only vLLM can pause")
-    assert 12 <= len(report["ended"]) < 44 and {40, 43} <= {*report["ended"]}
+    assert 6 <= len(report["ended"]) < 22 and {4, 22} <= {*report["ended"]}
     for before, after, same, paused in report["paused"]:
         assert 0 < before < after and same and not paused
     assert report["whole"] < 1e-3  # each token has its log-probability, whichever pass wrote it
