@@ -1,12 +1,14 @@
 """The curves of runs: what one looks at first, from their metrics.jsonl, in one picture.
 
     python -m tools.curves runs/sppo               runs/sppo/curves.png, which a run also draws when it ends
-    python -m tools.curves runs/sppo runs/grpo     both in one picture, curves.png here
+    python -m tools.curves runs/sppo runs/grpo     both in one picture, curves.png here, over sampled tokens:
+                                                   a step of GRPO samples eight times as many as one of SPPO
 
 What a healthy run looks like: reward and accuracy rise together; skill gets above 0 within some steps, since
 then the critic knows more than a constant; few tokens are clipped, and KL stays small; responses do not all
 become longer or shorter at once. docs/running.md says of each metric what to look for.
 """
+import itertools
 import json
 from pathlib import Path
 
@@ -36,9 +38,12 @@ def read(run):
     return steps
 
 
-def series(steps, metric):
-    """([steps], [values]) of a metric, where it has a value."""
-    have = [(line["step"], line[metric]) for line in steps if line.get(metric) is not None]
+def series(steps, metric, over="step"):
+    """([steps], [values]) of a metric, where it has a value; with over="tokens", against the tokens of
+    responses that were sampled so far."""
+    tokens = itertools.accumulate(line.get("rollout/generated_tokens", 0) for line in steps)
+    have = [(line["step"] if over == "step" else sampled, line[metric])
+            for line, sampled in zip(steps, tokens, strict=True) if line.get(metric) is not None]
     return [list(column) for column in zip(*have, strict=True)] or [[], []]
 
 
@@ -49,13 +54,15 @@ def smoothed(values, window):
 
 
 def draw(runs, file=None):
-    """Draws the curves of one run or of several over each other. Returns the picture's path.
+    """Draws the curves of one run, or of several over each other. Returns the picture's path.
 
     runs: their folders. file: the PNG, by default curves.png, in the folder of a single run or else here.
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure  # not pyplot, which would open windows and take longer to import
+    from matplotlib.ticker import EngFormatter
     data = {str(run): read(run) for run in runs}
+    over = "step" if len(data) == 1 else "tokens"
     file = Path(file or (Path(runs[0], "curves.png") if len(runs) == 1 else "curves.png"))
     figure = Figure(figsize=(13, 6.5))
     for axes, (title, metrics) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
@@ -65,7 +72,7 @@ def draw(runs, file=None):
                 stacked(axes, steps)
                 continue
             for (label, metric), style in zip(metrics, ("-", "--"), strict=False):
-                x, y = series(steps, metric)
+                x, y = series(steps, metric, over)
                 if not x:
                     continue
                 colour = f"C{number if len(data) > 1 else int(style == '--')}"
@@ -81,8 +88,10 @@ def draw(runs, file=None):
             axes.legend(fontsize=7, frameon=False)
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", color="grey", transform=axes.transAxes)
-        axes.set_xlabel("step", fontsize=8)
+        axes.set_xlabel("step" if over == "step" else "response tokens sampled", fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if over == "tokens":
+            axes.xaxis.set_major_formatter(EngFormatter())
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.2)
     figure.suptitle(", ".join(data), fontsize=11)

@@ -203,7 +203,8 @@ class Log:
             own = {"accuracy": "mean reward"} if self.config.reward else {}
             text += [f"{own.get(label, label)} {line[metric]:{form}}" for label, metric, form in self.columns
                      if line.get(metric) is not None]
-            say("  ".join(text))
+            if len(text) > 1:  # step 0 has nothing to tell where nothing is evaluated
+                say("  ".join(text))
             if "reward" in line:
                 self.columns = COLUMNS
             if "eval_accuracy" in line and samples:

@@ -230,7 +230,7 @@ def test_benchmarks_while_training_and_a_runs_folder_as_model(tmp_path):
     for m in metrics(tmp_path / "run")[::2]:
         assert {"eval/p/avg@2", "eval/p/pass@2", "eval/p/tokens", "eval/p/cut_off"} <= m.keys()
     done = run("eval.py", "--model", tmp_path / "run", "--benchmarks", tmp_path / "p.jsonl", "--samples", "2", "--dtype",
-               "float32", "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl")
+               "float32", "--max-response-tokens", "64", "--engine", "transformers", "--output", tmp_path / "e.jsonl")
     assert done.returncode == 0, done.stderr
     assert "p                           8" in done.stdout
     (tmp_path / "long.jsonl").write_text('{"problem": "Compute ' + "1+" * 50 + '1.", "answer": "51"}\n')

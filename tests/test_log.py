@@ -79,6 +79,8 @@ def test_smoothing_and_series():
     assert curves.smoothed([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
     steps = [{"step": 0, "x": 1}, {"step": 1, "x": None}, {"step": 2, "y": 1}, {"step": 3, "x": 4}]
     assert curves.series(steps, "x") == [[0, 3], [1, 4]] and curves.series(steps, "z") == [[], []]
+    steps = [{"step": 0, "x": 1}, *({"step": n, "x": n, "rollout/generated_tokens": 10 * n} for n in (1, 2, 3))]
+    assert curves.series(steps, "x", "tokens") == [[0, 10, 30, 60], [1, 1, 2, 3]]
 
 
 def test_the_page_holds_the_samples_and_what_they_say_is_no_part_of_it(tmp_path, capsys):

@@ -205,26 +205,33 @@ with clear_errors():
         assert process.exitcode == 128 + signal.SIGINT  # as a shell counts it
 
 
-@pytest.mark.parametrize("death", ["raise RuntimeError('the first error')", "os.kill(os.getpid(), 9)"])
-def test_a_rank_that_dies_ends_the_others(tmp_path, death):
-    (tmp_path / "dying.py").write_text(f"""
+DYING = """
 import os
 from sppo import Baseline, TrainConfig, train
 class Dying(Baseline):
     def advantages(self, batch):
         if os.environ["RANK"] == "1":
             print("dies", flush=True)
-            {death}
+            DEATH
         return batch.rewards
 train(TrainConfig.parse(""), Dying)
-""")
+"""
+
+
+def test_a_rank_that_fails_ends_the_others_and_its_error_is_told(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING.replace("DEATH", "raise RuntimeError('the first error')"))
     done = torchrun(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2)  # a hang would last two hours
     assert done.returncode != 0 and "dies" in done.stdout
-    cause = done.stderr.split("Root Cause (first observed failure)")[1]
-    if "raise" in death:
-        assert "the first error" in cause
-    else:  # torchrun sees a signal only when it looks, so what rank 0 says of its lost peer may be "observed" before
-        assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "the first error" in done.stderr.split("Root Cause (first observed failure)")[1]
+
+
+def test_a_rank_whose_neighbour_is_killed_ends_too(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING.replace("DEATH", "os.kill(os.getpid(), 9)"))
+    with started(tmp_path / "dying.py", *SMALL, "--output", tmp_path / "run", ranks=2) as (processes, [printed, error]):
+        for process in processes:
+            process.join(300)  # a hang would last two hours
+        assert processes[1].exitcode == -signal.SIGKILL and processes[0].exitcode == 1, error.read_text()
+        assert "dies" in printed.read_text()
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -347,9 +354,12 @@ def test_a_collapsed_policy_keeps_running_and_says_so(tmp_path, collapse, engine
 
 def test_a_full_disk_while_saving(tmp_path):
     """No file may grow beyond 1 MB: neither checkpoints nor the model fit, and metrics do."""
-    command = [sys.executable, "sppo.py", *SMALL, "--steps", "4", "--save-every", "2", "--output", str(tmp_path / "run")]
-    done = subprocess.run(["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command], cwd=ROOT, env=environment(), text=True,
-                          capture_output=True, timeout=600)
+    (tmp_path / "limited.py").write_text(f"""
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+runpy.run_path({str(ROOT / "sppo.py")!r}, run_name="__main__")
+""")
+    done = run(tmp_path / "limited.py", *SMALL, "--steps", "4", "--save-every", "2", "--output", tmp_path / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "warning: no checkpoint of step 2" in done.stdout and "earlier ones are untouched" in done.stdout
     assert "the trained model could not be saved" in done.stderr

@@ -75,6 +75,7 @@ def test_the_learning_rate_falls_over_the_last_steps(tmp_path):
                "--max-response-tokens", "24", "--eval-every", "0", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [m["policy/lr"] for m in metrics(tmp_path) if "reward" in m] == pytest.approx([1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert "step 0/4" not in done.stdout  # it has nothing to tell
     assert {m["critic/lr"] for m in metrics(tmp_path) if "reward" in m} == {TrainConfig.BUILTIN["critic_lr"]}
 
 

@@ -1,6 +1,6 @@
 """Draws runs, and shows what they wrote as a page.
 
-    python -m tools.curves RUN [RUN ...]         the curves, over each other where there are several: one PNG
+    python -m tools.curves RUN [RUN ...]         the curves: by step, or of several by sampled tokens
     python -m tools.curves RUN --html            RUN/samples.html: samples.jsonl, for a browser
 
 The page is one file that needs no network. It filters by step and by reward, and colours each response by its
