@@ -8,7 +8,7 @@ from conftest import ROOT, complaint, metrics, run
 from tools.lesson import correlation, main, ranks
 
 NAMES = {f"{name}.{kind}" for name in ("praise", "critic") for kind in ("png", "svg")}
-OPTIONS = ["--engine", "transformers", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8", "--lr", "1e-3",
+OPTIONS = ["--engine", "transformers", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8", "--lr", "1e-3",
            "--deterministic", "--dataset", "chain:200", "--steps", "3", "--eval-every", "3",
            "--max-response-tokens", "64"]
 

@@ -20,7 +20,7 @@ from tools.curves import main, write_page
 
 QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8",
          "--samples", "3", "--max-response-tokens", "64"]
-SCRIPTS = {"sppo": [], "grpo": ["--group-size", "2"], "remax": ["--baseline", "remax"], "ppo": [], "spo": ["--init-samples", "0"]}
+SCRIPTS = {"sppo": [], "grpo": ["--group-size", "2"], "ppo": [], "spo": ["--init-samples", "0"]}
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
     """{name: folder} of a short run of each script, and what the first printed."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "b.jsonl").write_text('{"problem": "Compute 1+1 modulo 10 from left to right.", "answer": "2"}\n')
-    done = {name: run("grpo.py" if name == "remax" else f"{name}.py", *QUICK, *options, "--output", folder / name,
+    done = {name: run(f"{name}.py", *QUICK, *options, "--output", folder / name,
                       "--eval-benchmarks", folder / "b.jsonl") for name, options in SCRIPTS.items()}
     for part in done.values():
         assert part.returncode == 0, part.stderr
@@ -44,7 +44,7 @@ def test_the_glossary_has_every_metric_that_runs_write_and_no_other(runs):
     written = {name for folder in runs[0].values() for line in metrics(folder) for name in line}
     written = {re.sub(r"eval/b/(\w+).*", r"eval/NAME/\1", name) for name in written}
     written |= {"rollout/age", "rollout/overdue", "rollout/in_flight"}  # of --oversample, which needs vLLM
-    written |= {"policy/rollout_truncated"}  # of --rollout-correction
+    written |= {"policy/rollout_truncated", "greedy_reward"}  # of --rollout-correction, of ReMax
     assert written == {name.removesuffix("@N") for name in explained}
 
 
@@ -57,7 +57,7 @@ def test_samples(runs):
         for s in samples:
             assert s["reward"] == (verify(s["response"], s["answer"]) if s["finished"] else 0)
             assert s["prompt"].startswith("Compute") and 0 < s["tokens"] <= 64
-            assert (s["value"] is None) == (name in ("grpo", "remax"))
+            assert (s["value"] is None) == (name == "grpo")
             if name == "sppo":
                 assert s["advantage"] == pytest.approx(s["reward"] - s["value"], abs=1e-3)
         last = samples[3]  # shown on the terminal, where the step was evaluated

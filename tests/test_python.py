@@ -8,7 +8,8 @@ import importlib.util, os, signal, time
 from cli import InputError
 from sppo import SPPO, Baseline, TrainConfig, train
 
-small = dict(steps=1, prompts_per_step=4, minibatch=4, eval_every=0, engine="transformers")
+small = dict(steps=1, prompts_per_step=4, minibatch=4, eval_every=0, engine="transformers",
+             max_response_tokens=48)
 handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 class Fails(SPPO):

@@ -14,7 +14,7 @@ BASELINES = CONSTANT, "SPO", "SPPO", ORACLE  # for one response per prompt, from
 STYLES = {  # name: line, colour; tables have this order
     "SPPO": ("-", "#000000"), "SPPO, small critic": ("--", "#000000"), CONSTANT: ("-.", "#00796b"),
     ORACLE: (":", "#00796b"), "SPO": ("-.", "#6a51a3"), "PPO": ("-", "#2171b5"),
-    "PPO + BCE": ("--", "#2171b5"), "GRPO": ("-", "#d94801"), EQUAL: ("--", "#d94801"),
+    "PPO + BCE": ("--", "#2171b5"), "GRPO": ("-", "#d94801"), EQUAL: ("--", "#c51b8a"),
     "RLOO": (":", "#8c2d04"), "ReMax": (":", "#41ab5d")}
 FIRST = "SPPO", CONSTANT, "GRPO", EQUAL  # README's figure
 NAMED = "SPPO", "SPO", "PPO", "GRPO", EQUAL  # in the figure of all algorithms, where the others are grey
