@@ -41,7 +41,10 @@ def read(run):
 def series(steps, metric, over="step"):
     """([steps], [values]) of a metric, where it has a value; with over="tokens", against the tokens of
     responses that were sampled so far."""
-    tokens = itertools.accumulate(line.get("rollout/generated_tokens", 0) for line in steps)
+    # SPO's first samples are counted as responses. They are about as long as those of step 1.
+    tokens = itertools.accumulate(
+        line.get("rollout/generated_tokens", 0)
+        + line.get("tracker/init_samples", 0) * line.get("response_tokens", 0) for line in steps)
     have = [(line["step"] if over == "step" else sampled, line[metric])
             for line, sampled in zip(steps, tokens, strict=True) if line.get(metric) is not None]
     return [list(column) for column in zip(*have, strict=True)] or [[], []]

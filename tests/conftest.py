@@ -123,6 +123,13 @@ def complaint(main, arguments, capsys):
     return error
 
 
+def some_problems(file, count):
+    """Writes the first `count` problems of the built-in task into a file, each once. Returns the file."""
+    rows = dict.fromkeys((ROOT / "builtin/chain.jsonl").read_text().splitlines())
+    file.write_text("\n".join([*rows][:count]))
+    return file
+
+
 def metrics(folder):
     """What a run wrote: a dictionary a step."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -5,14 +5,13 @@ import math
 import random
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, metrics, run, started
+from conftest import complaint, metrics, run, some_problems, started
 
-from cli import BUILTIN_MODEL, InputError
+from cli import InputError
 from data import BOXED_SUFFIX, Problem
 from engines import Response, sample_tokens
 from eval import (
@@ -137,9 +136,8 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path, engine):
     """Killed in the middle, its last line cut in two, and taken up again by two ranks: the same responses, each once."""
     if not has(engine):
         pytest.skip(f"{engine} is not installed")
-    rows = dict.fromkeys(Path(BUILTIN_MODEL, "chain.jsonl").read_text().splitlines())
-    (tmp_path / "some.jsonl").write_text("\n".join([*rows][:48]))
-    command = ["eval.py", "--engine", engine, "--benchmarks", tmp_path / "some.jsonl", "--samples", "2", "--output"]
+    problems = some_problems(tmp_path / "some.jsonl", 48)
+    command = ["eval.py", "--engine", engine, "--benchmarks", problems, "--samples", "2", "--output"]
     whole = run(*command, tmp_path / "whole.jsonl")
     assert whole.returncode == 0, whole.stderr
     stopped = tmp_path / "stopped.jsonl"

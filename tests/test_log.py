@@ -81,6 +81,8 @@ def test_smoothing_and_series():
     assert curves.series(steps, "x") == [[0, 3], [1, 4]] and curves.series(steps, "z") == [[], []]
     steps = [{"step": 0, "x": 1}, *({"step": n, "x": n, "rollout/generated_tokens": 10 * n} for n in (1, 2, 3))]
     assert curves.series(steps, "x", "tokens") == [[0, 10, 30, 60], [1, 1, 2, 3]]
+    steps[1] |= {"tracker/init_samples": 4, "response_tokens": 25.0}  # SPO's first samples cost as much as others
+    assert curves.series(steps, "x", "tokens")[0] == [0, 110, 130, 160]
 
 
 def test_the_page_holds_the_samples_and_what_they_say_is_no_part_of_it(tmp_path, capsys):

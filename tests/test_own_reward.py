@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run, started
+from conftest import ROOT, metrics, run, some_problems, started
 from test_eval import line
 
 from cli import BUILTIN_MODEL
@@ -158,8 +158,7 @@ def test_two_ranks_train_are_killed_go_on_and_are_evaluated(tmp_path):
     """With a reward for short answers too: neither 0 nor 1."""
     (tmp_path / "short.py").write_text("from reward import verify\n\n\ndef short(response, answer):\n"
                                        "    return 0.5 * verify(response, answer) + 0.5 * 0.9 ** (len(response) / 10)\n")
-    rows = dict.fromkeys((ROOT / "builtin/chain.jsonl").read_text().splitlines())
-    (tmp_path / "some.jsonl").write_text("\n".join([*rows][:32]))
+    problems = some_problems(tmp_path / "some.jsonl", 32)
     own = ["--reward", f"{tmp_path / 'short.py'}:short"]
     command = ["sppo.py", *own, "--steps", "4", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8",
                "--eval-every", "4", "--save-every", "1", "--output", tmp_path / "run", "--engine", "transformers",
@@ -177,18 +176,18 @@ def test_two_ranks_train_are_killed_go_on_and_are_evaluated(tmp_path):
     steps = metrics(tmp_path / "run")
     assert [m["step"] for m in steps] == [0, 1, 2, 3, 4]
     assert all(0.1 < m["reward"] < 0.9 and m["reward/errors"] == 0 and m["critic/auc"] for m in steps[1:])
-    done = run("eval.py", *own, "--model", tmp_path / "run", "--benchmarks", tmp_path / "some.jsonl", "--samples", "2", "--dtype", "float32",
+    done = run("eval.py", *own, "--model", tmp_path / "run", "--benchmarks", problems, "--samples", "2", "--dtype", "float32",
                "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl", "--engine", "transformers", ranks=2)
     assert done.returncode == 0, done.stderr
     rewards = [json.loads(text)["reward"] for text in (tmp_path / "e.jsonl").read_text().splitlines()[1:]]
-    table = json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "some.jsonl")]
+    table = json.loads((tmp_path / "e.json").read_text())[str(problems)]
     assert len(rewards) == 64 and table["avg@2"][0] == pytest.approx(np.mean(rewards)) and "maj@2" not in table
     with (tmp_path / "short.py").open("a") as file:
         file.write("# edited\n")
-    again = run("eval.py", *own, "--model", tmp_path / "run", "--benchmarks", tmp_path / "some.jsonl", "--samples", "2", "--dtype", "float32",
+    again = run("eval.py", *own, "--model", tmp_path / "run", "--benchmarks", problems, "--samples", "2", "--dtype", "float32",
                 "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
     assert again.returncode == 2 and "short.py:short (" in again.stderr  # with a mark of the file's content
-    again = run("eval.py", "--reward", "", "--model", tmp_path / "run", "--benchmarks", tmp_path / "some.jsonl", "--samples", "2", "--dtype", "float32",
+    again = run("eval.py", "--reward", "", "--model", tmp_path / "run", "--benchmarks", problems, "--samples", "2", "--dtype", "float32",
                 "--max-response-tokens", "64", "--output", tmp_path / "e.jsonl", "--engine", "transformers")
     assert again.returncode == 2 and "holds an evaluation with reward " in again.stderr
 
