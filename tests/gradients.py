@@ -1,5 +1,6 @@
 """Run by test_policy.py, also under torchrun: writes loss, metrics and gradients of one mini-batch, for each of some
 micro-batch budgets. With a budget of 150, advantages are per token."""
+import os
 import random
 import sys
 
@@ -17,6 +18,13 @@ from sppo import TrainConfig, policy_step
 output, compile, replicas, *budgets = sys.argv[1], *map(int, sys.argv[2:])
 device = init_distributed()
 policies.compiles = lambda: bool(compile)  # it is for GPUs
+if compile:
+    import torch._inductor.config
+    torch._dynamo.config.disable, os.environ["TORCHDYNAMO_DISABLE"] = False, "0"  # which conftest.py turns off
+    torch._inductor.config.compile_threads = 1  # or processes are started, which import torch anew
+    # A cache of its own: in a shared one torch 2.13 takes code that was written for AVX2 and compiles it for AVX-512, and
+    # then it writes beyond the ends of its tensors.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{output}.cache"
 between_replicas, all_reduce = [], dist.all_reduce
 
 

@@ -9,11 +9,11 @@ from conftest import ROOT, complaint, metrics, run
 from sppo import train
 
 QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8",
-         "--max-response-tokens", "64"]
+         "--dataset", "chain:100", "--max-response-tokens", "64"]
 
 
 @pytest.mark.parametrize("command, reports", [
-    (["grpo.py", "--steps", "4", "--prompts-per-step", "32", "--minibatch", "8", "--lr-decay", "0", "--loss-mean", "token"], {"group/all_equal"}),
+    (["grpo.py", "--steps", "4", "--prompts-per-step", "32", "--group-size", "4", "--minibatch", "8", "--lr-decay", "0", "--loss-mean", "token"], {"group/all_equal"}),
     (["ppo.py", "--steps", "6", "--prompts-per-step", "64", "--minibatch", "16"],
      {"critic/loss", "critic/auc", *(f"critic/auc_tenth_{k}" for k in range(1, 11))}),
     (["spo.py", "--steps", "6", "--prompts-per-step", "64", "--minibatch", "16", "--init-samples", "1"],

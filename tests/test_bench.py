@@ -12,7 +12,7 @@ from tools import bench
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 def test_step(tmp_path):
     done = run("tools/bench.py", "step", "--prompts-per-step", "16", "--minibatch", "8", "--steps", "2",
-               "--response-lengths", "20", "--output", tmp_path / "run")
+               "--response-lengths", "20", "--dataset", "chain:100", "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["response_tokens"] == 20 and "320 of responses" in done.stdout

@@ -223,7 +223,7 @@ def test_benchmarks_while_training_and_a_runs_folder_as_model(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(f'{{"problem": "Compute {i}+1 modulo 10.", "answer": "{(i + 1) % 10}"}}\n'
                                               for i in range(8)))
     done = run("sppo.py", "--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "8", "--eval-every",
-               "2", "--eval-samples", "2", "--eval-problems", "8", "--eval-benchmarks", tmp_path / "p.jsonl", "--output", tmp_path / "run")
+               "2", "--eval-samples", "2", "--dataset", "chain:100", "--eval-problems", "8", "--eval-benchmarks", tmp_path / "p.jsonl", "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for m in metrics(tmp_path / "run")[::2]:
         assert {"eval/p/avg@2", "eval/p/pass@2", "eval/p/tokens", "eval/p/cut_off"} <= m.keys()

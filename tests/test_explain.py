@@ -11,7 +11,7 @@ from conftest import run
 from cli import InputError
 from explain import Watch, about
 
-QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "16", "--minibatch", "4", "--lr", "5e-4"]
+QUICK = ["--explain", "--engine", "transformers", "--prompts-per-step", "16", "--minibatch", "4", "--lr", "5e-4", "--dataset", "chain:400"]
 NUMBER = r"([-+]?\d[\d.]*)"
 
 

@@ -19,7 +19,7 @@ from sppo import SPPO, TrainConfig, train
 from tools.curves import main, write_page
 
 QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8",
-         "--samples", "3", "--max-response-tokens", "64"]
+         "--dataset", "chain:100", "--samples", "3", "--max-response-tokens", "64"]
 SCRIPTS = {"sppo": [], "grpo": ["--group-size", "2"], "ppo": [], "spo": ["--init-samples", "0"]}
 
 

@@ -162,7 +162,7 @@ def test_two_ranks_train_are_killed_go_on_and_are_evaluated(tmp_path):
     own = ["--reward", f"{tmp_path / 'short.py'}:short"]
     command = ["sppo.py", *own, "--steps", "4", "--prompts-per-step", "16", "--minibatch", "8", "--eval-problems", "8",
                "--eval-every", "4", "--save-every", "1", "--output", tmp_path / "run", "--engine", "transformers",
-               "--max-response-tokens", "64"]
+               "--dataset", "chain:200", "--max-response-tokens", "64"]
     with started(*command, ranks=2) as (processes, _):
         until = time.monotonic() + 300
         while not (tmp_path / "run/checkpoints/step-00000001").exists():

@@ -2,13 +2,12 @@
 import importlib.util
 import random
 import shutil
-import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, environment, run
+from conftest import run
 
 import machine
 import policy
@@ -134,15 +133,11 @@ def test_fused_kernels_are_used_on_a_gpu_where_they_are_installed(device, monkey
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
 @pytest.mark.xdist_group("gradients")
 def test_compiled_it_is_the_same(gradients, tmp_path):
-    """With checkpointed activations. Not forked: other tests have compiling turned off."""
+    """With checkpointed activations."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     if not pick_vec_isa():
         pytest.skip("for a CPU without AVX2 torch 2.13 writes C++ that no compiler takes")
-    # A cache of its own: in a shared one torch 2.13 takes code that was written for AVX2 and compiles it for AVX-512, and
-    # then it writes beyond the ends of its tensors.
-    compiling = {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "tests/gradients.py", tmp_path / "g.pt", "1", "1", "100"], cwd=ROOT,
-                          env=environment() | compiling, timeout=600, capture_output=True, text=True)
+    done = run("tests/gradients.py", tmp_path / "g.pt", 1, 1, 100)
     assert done.returncode == 0, done.stderr
     for budget, result in torch.load(tmp_path / "g.pt").items():
         assert result["compiled"]

@@ -9,7 +9,7 @@ from cli import InputError
 from sppo import SPPO, Baseline, TrainConfig, train
 
 small = dict(steps=1, prompts_per_step=4, minibatch=4, eval_every=0, engine="transformers",
-             max_response_tokens=48)
+             dataset="chain:100", max_response_tokens=48)
 handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 class Fails(SPPO):
@@ -25,7 +25,7 @@ class Interrupted(SPPO):
 
 def complaint(**options):
     try:
-        train(TrainConfig(**small, **options, output="FOLDER/no"), SPPO)
+        train(TrainConfig(**small | options, output="FOLDER/no"), SPPO)
     except InputError as error:
         return str(error)
 
@@ -40,7 +40,7 @@ assert metrics["step"] == 1 and 0 <= metrics["reward"] <= 1 and folder == "FOLDE
 assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 # A run that is interrupted while its model gets its name has none yet, and goes on from its checkpoint.
-evaluated = small | dict(eval_every=1, eval_problems=20, dataset="chain:100", save_every=1)
+evaluated = small | dict(eval_every=1, eval_problems=20, save_every=1)
 rename = os.rename
 def interrupted(old, new):
     if str(new).endswith("/model"):

@@ -209,7 +209,8 @@ def test_a_race_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(race.subprocess, "run", lambda command, **_: run(*command[1:]))
     command = ["--algorithms", "SPPO", "GRPO", "--steps", "1", "--group-steps", "1", "--seeds", "1", "--prompts-per-step", "16",
                "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
-               "--", "--engine", "transformers", "--eval-problems", "16"]
+               "--", "--engine", "transformers", "--dataset", "chain:100", "--eval-problems", "16",
+               "--max-response-tokens", "48"]
     main(command)
     table = (tmp_path / "results/race.md").read_text()
     assert all(f"\n| {name} | 3e-4 |" in table for name in ("SPPO", "GRPO"))
@@ -231,7 +232,7 @@ def test_a_race_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
 def test_a_constant_in_the_critics_place(tmp_path):
     """Its mean of the rewards starts at the first batch's, and moves a quarter of the way to each step's."""
     done = run("examples/running_mean.py", "--steps", "3", "--prompts-per-step", "16", "--minibatch", "8", "--engine", "transformers",
-               "--eval-every", "0", "--output", tmp_path)
+               "--dataset", "chain:100", "--eval-every", "0", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics(tmp_path) if line["step"]]
     rewards = [line["reward"] for line in lines]
@@ -243,7 +244,7 @@ def test_a_constant_in_the_critics_place(tmp_path):
 
 def test_an_oracle_in_the_critics_place(tmp_path):
     """What was predicted of the variance is what was measured, within the noise of 2 x 32 responses."""
-    done = run("examples/oracle.py", "--steps", "2", "--prompts-per-step", "32", "--minibatch", "16", "--engine", "transformers", "--max-response-tokens", "48",
+    done = run("examples/oracle.py", "--steps", "2", "--prompts-per-step", "32", "--minibatch", "16", "--engine", "transformers", "--max-response-tokens", "32", "--dataset", "chain:200",
                "--eval-every", "0", "--samples", "all", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics(tmp_path) if line["step"]]

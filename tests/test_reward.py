@@ -174,14 +174,14 @@ def test_hostile_answers_cost_little_and_no_honest_one_its_reward():
         responses.append(HOSTILE[i // 10] if hostile else f"\\boxed{{\\frac{{{i}}}{{7}}}}" if i % 2 else f"\\boxed{{{i}}}")
         golds.append("27" if hostile else f"{i}/7" if i % 2 else str(i + i % 3))
         expected.append(0.0 if hostile else float(i % 2 or i % 3 == 0))
-    verifier = Verifier(workers=2, timeout=0.5)
+    verifier = Verifier(workers=2, timeout=0.3)
     try:
         verifier.score(["\\boxed{1}"] * 2, ["1"] * 2)  # both workers are up
         start = time.perf_counter()
         assert verifier.score(responses, golds) == expected
         seconds = time.perf_counter() - start
         print(f"\n256 responses, 25 of them hostile: {seconds:.1f} s, {verifier.timeouts} killed")
-        assert 0 < verifier.timeouts <= 25  # each costs 0.5 s of a worker
+        assert 0 < verifier.timeouts <= 25  # each costs 0.3 s of a worker
     finally:
         verifier.close()
 

@@ -70,7 +70,7 @@ def test_a_response_may_fill_the_positions_of_the_model(tmp_path, device):
 def shared_engines(tmp_path_factory):
     """What four ranks asked of vLLM in two steps of training, when two neighbours share an engine."""
     output = tmp_path_factory.mktemp("shared")
-    done = run("tests/fake_vllm.py", output, "--steps", 2, "--prompts-per-step", 8, "--minibatch", 4, "--eval-problems", 6,
+    done = run("tests/fake_vllm.py", output, "--steps", 2, "--dataset", "chain:100", "--prompts-per-step", 8, "--minibatch", 4, "--eval-problems", 6,
                "--eval-every", 2, "--tensor-parallel", 2, "--offload", "between", "--output", output / "run", ranks=4)
     assert done.returncode == 0, done.stderr
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(4)], metrics(output / "run")
