@@ -14,7 +14,8 @@ is this:
     head = torch.nn.Linear(backbone.config.hidden_size, 1)
     torch.nn.init.zeros_(head.weight)                   # V = 1/2 for every prompt, until something is known
     torch.nn.init.zeros_(head.bias)
-    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=1e-3)
+    learned = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=LR)       # 5e-6, as in the paper; built-in model: 1e-3
 
     def logits(prompts):                                # texts -> the logits of V, at their last tokens [B]
         ids = [tokenizer(prompt).input_ids for prompt in prompts]

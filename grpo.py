@@ -63,7 +63,7 @@ class GRPO(Baseline):
 
 
 class RLOO(GRPO):
-    """The mean of the group's other responses: without a response's own reward, the baseline has no bias."""
+    """R minus the mean of the group's other responses: GRPO's R - mean, times N / (N - 1)."""
 
     def advantages(self, batch):
         return rloo_advantages(batch.rewards, self.samples_per_prompt)

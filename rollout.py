@@ -132,13 +132,13 @@ class Sampler:
         """
         c, world = self.config, dist.get_world_size()
         first_seed = self.random.getrandbits(40)
-        engine = dist.get_rank() // c.tensor_parallel  # the number of this rank's, of `engines`
+        number = dist.get_rank() // c.tensor_parallel  # of this rank's engine, of all `engines`
         engines = world // c.tensor_parallel
-        local = [j for j in range(len(prompts)) if j // adjacent % engines == engine]  # this engine's prompts
+        local = [j for j in range(len(prompts)) if j // adjacent % engines == number]  # this engine's prompts
         # A seed for each response costs some speed, but ranks that share an engine must sample the same.
         seeds = [first_seed + j for j in local] if c.deterministic or c.tensor_parallel > 1 else None
         if pause_after is not None:  # this engine's share of those that must end; without any, it rests
-            pause_after = pause_after // engines + (engine < pause_after % engines)
+            pause_after = pause_after // engines + (number < pause_after % engines)
             wait_for = [n for n, j in enumerate(local) if j in wait_for]
             if not pause_after and not wait_for:
                 local = []
@@ -159,7 +159,7 @@ class Sampler:
         parts, counts = zip(*parts[:: c.tensor_parallel], strict=True)  # one rank of each engine
         done = {j: result for part in parts for j, result in part.items()}
         # rollout/idle: of the time until the longest response ended, how much the others had ended before, on
-        # average. If the engines start all responses at once, so much of them stood empty.
+        # average. If the engines start all responses at once, this share of their places stood empty.
         written = [len(r.ids) - (len(partial[j].ids) if partial else 0) for j, (r, _) in done.items()]
         longest = max(written, default=0)
         self.metrics = {"rollout/generated_tokens": sum(written), "rollout/longest": longest,

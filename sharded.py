@@ -185,7 +185,7 @@ class ShardedModel:
             self.optimizer.state[p].update(step=torch.zeros((), device=p.device),
                                            exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         self.size = sum(p.numel() for p in module.parameters())
-        self.updates, self.skipped_in_a_row = 0, 0  # optimiser steps
+        self.num_updates, self.skipped_in_a_row = 0, 0  # optimiser steps
         self.totals = {}  # loss and metrics of the mini-batch so far, on this rank
         if offload == "between":
             self._move("cpu")
@@ -260,7 +260,7 @@ class ShardedModel:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), bound).full_tensor().item()
         skip = not (math.isfinite(norm) and math.isfinite(metrics["loss"]))  # the same on every rank
         if not skip:
-            self.updates += 1
+            self.num_updates += 1
             if self.offload == "all" and self.device.type == "cuda":
                 use_all_cores()
             self.optimizer.step()
@@ -332,7 +332,7 @@ class ShardedModel:
         """Weights and Adam's moments, sharded, and counters. They are no copies: checkpoint.py
         writes or fills them."""
         self.module.reshard()  # after a forward without backward, the outermost parameters are still gathered
-        state = {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+        state = {"updates": self.num_updates, "skipped_in_a_row": self.skipped_in_a_row}
         for name, parameter in self.module.named_parameters():
             state[f"{name}/weight"] = parameter.detach()
             state |= {f"{name}/{key}": moment for key, moment in self.optimizer.state[parameter].items()}
@@ -343,4 +343,4 @@ class ShardedModel:
         model's own. Adam's step counts are not sharded, so they are copied here."""
         for name, parameter in self.module.named_parameters():
             self.optimizer.state[parameter]["step"].copy_(state[f"{name}/step"])
-        self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
+        self.num_updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]

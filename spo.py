@@ -5,7 +5,7 @@
 The loop is sppo.py's. What differs: the expected reward of a prompt is not predicted but remembered. Two
 numbers per prompt count successes and failures, and old ones count less as the policy changes. That needs no
 second model. But the numbers are of use only when a prompt comes again, and say nothing about other prompts.
-Prompts whose outcome is uncertain come more often, and advantages are normalised over the whole batch.
+Prompts whose outcome is uncertain come more often, and advantages are whitened over the whole batch.
 """
 import random
 from dataclasses import dataclass

@@ -4,8 +4,9 @@
     python sppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset FILE.jsonl      your problems and answers
     torchrun --nproc-per-node 8 sppo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --dataset ...
 
-A response is one action, not thousands. Sample *one* response y for each prompt s and verify it: R is 1 or 0.
-Then subtract what a scalar critic expected, which reads the prompt alone:
+Sample *one* response y for each prompt s and verify it: R is 1 or 0. Then subtract what a scalar critic
+expected, which reads the prompt alone. So the whole response has one advantage, as if it were one action.
+Ratio and clip are per token, as in PPO:
 
     A = R - V(s)                                   the same for every token of y; not normalised
     r_t = pi(y_t | s, y_<t) / pi_old(y_t | s, y_<t)
@@ -17,12 +18,13 @@ This is the paper's algorithm. For the built-in model, some settings differ (`BU
 
 There is no group of samples per prompt as in GRPO, and no value per token as in PPO. There is no KL penalty
 either, and so no reference model: a program checks each answer, so there is no learned reward model that the
-policy could exploit, and the clip limits each step. The paper's runs have none. (What a response says before
-its answer is not checked.)
+policy could exploit. The paper's runs of SPPO have none. (What a response says before its answer is not
+checked.)
 
-Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, all in this file. Then
-critic.py, policy.py, sharded.py, rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py,
-spo.py) import the loop from here and define their own baseline.
+Read in this order: the mathematics, `SPPO`, `training_loop` and `policy_step`, all in this file;
+docs/one-step.md follows one step through them, with numbers. Then critic.py, policy.py, sharded.py,
+rollout.py, engines.py, reward.py. The other algorithms (grpo.py, ppo.py, spo.py) import the loop from here
+and define their own baseline.
 """
 import contextlib
 import os
@@ -57,8 +59,8 @@ def sequence_advantages(rewards, value_logits):
 
 def decayed(lr, step, steps, decay):
     """The policy's learning rate in a step, from 1 to `steps`: lr, and over the last `decay` (0 to 1) of the
-    steps a straight line from it towards 0. A run ends with the noise of its last updates; smaller ones leave
-    less of it. decay 0: always lr."""
+    steps a straight line from it towards 0, because smaller last updates leave less noise in the weights.
+    decay 0: always lr."""
     left = (steps - step + 1) / steps  # the share of the run that is left, this step included: never 0
     return lr * min(1.0, left / decay) if decay else lr
 
@@ -80,13 +82,13 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_low=0.
     where A < 0, so that one token that became far more likely cannot dominate a batch (arXiv
     1912.09729); None turns the bound off.
     Returns (loss, metrics): means over the mask, or sums divided by `num_tokens` where it is given.
-    For a mini-batch in several micro-batches it is the whole mini-batch's count: then losses and
-    metrics simply add up.
+    For a mini-batch in several micro-batches it is the count of all of them: then losses and metrics
+    simply add up.
     """
     mask = mask.to(logprobs.dtype)
     advantages = advantages.to(logprobs.dtype)
     if advantages.dim() == 1:
-        advantages = advantages[:, None]  # [B, 1]: a response is one action, with one advantage for all of it
+        advantages = advantages[:, None]  # [B, 1]: the same for all tokens of a response
     num_tokens = mask.sum() if num_tokens is None else num_tokens
     log_ratio = (logprobs - old_logprobs) * mask  # 0 beyond a response's end
     ratio = log_ratio.clamp(-20, 20).exp()  # bounded, because exp(89) is infinite in float32
@@ -194,14 +196,14 @@ class SPPO(Baseline):
         self.critic.check_rows(model, c.max_prompt_tokens)
 
     def advantages(self, batch):
-        if not self.critic.updates:  # the first step: V becomes the mean of these rewards, for every prompt
+        if not self.critic.num_updates:  # in the first step, V becomes the mean of these rewards everywhere
             self.critic.start_from(batch.rewards)
         self.prompts = self.critic.encode(batch.problems)
         # It is V before this step's update, so it has not seen these rewards.
         logits = batch.expected  # with --oversample: from when these responses were started
         if logits is None:
             logits = self.critic.logits(self.prompts)
-        self.values = logits.sigmoid()
+        self.values = logits.sigmoid()  # V: for `update`, and for samples.jsonl
         return sequence_advantages(batch.rewards, logits)
 
     def update(self, batch):
@@ -209,7 +211,7 @@ class SPPO(Baseline):
         return {**before, **self.critic.update(self.prompts, batch.rewards)}
 
     def expect(self, problems):
-        if not self.critic.updates:
+        if not self.critic.num_updates:
             return [0.0] * len(problems)  # V = 1/2. To compute it, the critic would need memory that vLLM has
         return self.critic.logits(self.critic.encode(problems)).tolist()
 
@@ -251,8 +253,8 @@ def training_loop(run, baseline, log, last_step):
         if step == last_step + 1:
             policy.check_engine(batch, engine, continued=bool(c.oversample and last_step))
 
-        # 2. pi_old, for the ratio. With a single mini-batch it is the policy itself: nothing to compute. Nor
-        # while the policy does not learn yet.
+        # 2. pi_old, for the ratio. There is nothing to compute with a single mini-batch, because then pi_old is
+        # the policy itself, nor in --critic-warmup, because then the policy takes no step.
         minibatch_size = c.minibatch * baseline.samples_per_prompt  # responses in a mini-batch
         with clock("logprobs"):
             if c.old_logprobs == "rollout":
@@ -265,12 +267,12 @@ def training_loop(run, baseline, log, last_step):
             advantages = checked_advantages(baseline, batch)
 
         # 4. One epoch of clipped policy steps. In the first --critic-warmup steps, only the critic learns.
-        rows, updates = range(len(batch.responses)), []
+        rows, losses = range(len(batch.responses)), []
         with clock("update"), policy.on_device():
             policy.optimizer.param_groups[0]["lr"] = decayed(c.lr, step, c.steps, c.lr_decay)
             for start in rows[::minibatch_size] if step > c.critic_warmup else ():
                 minibatch = rows[start : start + minibatch_size]
-                updates.append(policy_step(policy, batch, minibatch, advantages, c))
+                losses.append(policy_step(policy, batch, minibatch, advantages, c))
 
         # 5. The baseline learns from what happened.
         with clock("critic"):
@@ -286,7 +288,7 @@ def training_loop(run, baseline, log, last_step):
         clock.end_step()
 
         # 7. The end: the log, at times an evaluation, and a checkpoint to continue from.
-        log.add(batch.metrics(advantages), run.sampler.metrics, mean_of(updates), learned, clock.phases)
+        log.add(batch.metrics(advantages), run.sampler.metrics, mean_of(losses), learned, clock.phases)
         log.sampled(batch, advantages, baseline.values, run.tokenizer)
         if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
             evaluate_policy(run, log, step)
@@ -311,12 +313,10 @@ def policy_step(policy, batch, rows, advantages, config):
         advantages[rows] = weigh_sequences(advantages[rows], batch.lengths[rows])
     # Responses without advantage have no gradient and are left out: in GRPO, groups with equal rewards. If
     # none is left, one is kept, because every rank must come to the optimiser step.
-    useful = [i for i in rows if advantages[i].any()] or rows[:1]
-    # Metrics are means over the tokens of `useful`. The loss is the mean over all tokens of the mini-batch:
-    # those left out add nothing to it, but count.
-    useful_tokens, all_tokens = batch.mask[useful].sum(), batch.mask[rows].sum()
-    for places in policy.micro_batches([sum(map(len, batch.sequences[i])) for i in useful]):
-        micro = [useful[place] for place in places]  # numbers of responses
+    kept = [i for i in rows if advantages[i].any()] or rows[:1]
+    kept_tokens, all_tokens = batch.mask[kept].sum(), batch.mask[rows].sum()
+    for places in policy.micro_batches([sum(map(len, batch.sequences[i])) for i in kept]):
+        micro = [kept[place] for place in places]  # numbers of responses
         logprobs, entropy = policy.forward([batch.sequences[i] for i in micro])  # [b, t], with gradient
         rollout, mask, advantage = (rows_like(logprobs, micro, x)
                                     for x in (batch.rollout_logprobs, batch.mask, advantages))
@@ -329,16 +329,18 @@ def policy_step(policy, batch, rows, advantages, config):
             advantage = weights * (advantage if advantage.dim() == 2 else advantage[:, None])
         loss, metrics = clipped_policy_loss(logprobs, old, advantage, mask, clip_low=config.clip_low,
                                             clip_high=config.clip_high, dual_clip=config.dual_clip or None,
-                                            num_tokens=useful_tokens)
-        metrics["entropy"] = (entropy * mask).sum() / useful_tokens
-        # Both compute the same log-probabilities, so a gap larger than rounding is a bug. But with
+                                            num_tokens=kept_tokens)
+        metrics["entropy"] = (entropy * mask).sum() / kept_tokens
+        # Engine and trainer compute the same, so a gap larger than rounding is a bug. But with
         # --old-logprobs rollout, this also holds how far the policy has moved since the tokens were sampled.
         trainer = logprobs.detach() if config.old_logprobs == "rollout" else old
-        metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / useful_tokens
+        metrics["rollout_gap"] = ((trainer - rollout).abs() * mask).sum() / kept_tokens
         if config.rollout_correction:
             at_cap = weights == config.rollout_correction
-            metrics["rollout_truncated"] = (at_cap * mask).sum() / useful_tokens
-        policy.backward(loss * (useful_tokens / all_tokens), metrics)
+            metrics["rollout_truncated"] = (at_cap * mask).sum() / kept_tokens
+        # So far, loss and metrics are means over the tokens of `kept`. The loss becomes the mean over all of
+        # the mini-batch's tokens: those left out add nothing to it, but count.
+        policy.backward(loss * (kept_tokens / all_tokens), metrics)
     return {f"policy/{name}": value for name, value in policy.step().items()}
 
 

@@ -107,7 +107,7 @@ if __name__ == "__main__":
 def test_the_critic_of_the_docstring_learns(tmp_path):
     """critic.py's head holds the whole critic in plain PyTorch. Here it learns to tell two prompts apart."""
     example = re.search(r"(?s)(?:all of it is|it\nis) this:\n\n(.*)\Z", sys.modules["critic"].__doc__)[1]
-    printed, error = runs(tmp_path, f"MODEL = {BUILTIN_MODEL!r}\n" + textwrap.dedent(example) + """
+    printed, error = runs(tmp_path, f"MODEL, LR = {BUILTIN_MODEL!r}, 1e-3\n" + textwrap.dedent(example) + """
 losses = [update(["Compute 1+2 modulo 10.", "Compute 9-4-4 modulo 10."], torch.tensor([1.0, 0.0])) for _ in range(100)]
 print(abs(losses[0] - 0.6931) < 1e-3, losses[-1] < 0.2)
 """)
