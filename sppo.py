@@ -253,7 +253,7 @@ def training_loop(run, baseline, log, last_step):
         if step == last_step + 1:
             policy.check_engine(batch, engine, continued=bool(c.oversample and last_step))
 
-        # 2. pi_old, for the ratio. There is nothing to compute with a single mini-batch, because then pi_old is
+        # 2. pi_old, for the ratio. There is nothing to compute with one mini-batch, because then pi_old is
         # the policy itself, nor in --critic-warmup, because then the policy takes no step.
         minibatch_size = c.minibatch * baseline.samples_per_prompt  # responses in a mini-batch
         with clock("logprobs"):
