@@ -52,7 +52,8 @@ class Problem:
 
 # ---- reading problems --------------------------------------------------------------------------------------
 
-def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False):
+def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, own_reward=False,
+                  boxed=False):
     """All problems of `spec`, in their source's order, duplicates removed:
 
         chain or chain:SIZE         the built-in task: the first CHAIN rows of builtin/chain.jsonl, or SIZE
@@ -61,7 +62,8 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
 
     prompt_field, answer_field: the fields to read, for rows that name them otherwise than PROMPT_FIELDS and
     ANSWER_FIELDS. suffix: what each prompt asks for at its end. own_reward: the answers are for a reward of
-    the user's own, and are kept as they are. Raises InputError, naming the file and the row, for what cannot
+    the user's own, and are kept as they are. boxed: without a box a response will earn nothing, so that a
+    dataset that asks for none is warned of. Raises InputError, naming the file and the row, for what cannot
     be read.
     """
     name, _, argument = spec.partition(":")
@@ -89,6 +91,9 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
     if len(problems) < count:
         say(f"{spec}: dropped {count - len(problems):,} of {count:,} rows, which repeat earlier ones"
             + (f" ({others:,} of them with another answer than the first, which is kept)" if others else ""))
+    if boxed and not any("\\boxed" in m["content"] for p in problems.values() for m in p.messages):
+        say(f"warning: no prompt of {spec} asks for a \\boxed{{}} answer, and without one a response earns "
+            "0; give another --suffix, or --answer any")
     return [*problems.values()]
 
 
@@ -241,7 +246,7 @@ def write_problems(path, problems, c):
 def reading(c):
     """The keyword arguments of `load_problems` that a script's options ask for."""
     return dict(prompt_field=c.prompt_field, answer_field=c.answer_field, suffix=c.suffix,
-                own_reward=bool(c.reward))
+                own_reward=bool(c.reward), boxed=c.answer == "boxed" and not c.reward)
 
 
 # ---- the problems of a training run ------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_an_answer_that_is_null_or_empty(tmp_path):
 
 def test_a_small_dataset_says_what_it_is_too_small_for(tmp_path, capsys):
     file = write(tmp_path / "x.jsonl", [{"problem": f"{i}?", "answer": "2"} for i in range(4)])
-    config = types.SimpleNamespace(dataset=file, critic_model=None, max_prompt_tokens=64, prompt_field=None, answer_field=None, suffix="",
+    config = types.SimpleNamespace(dataset=file, critic_model=None, max_prompt_tokens=64, prompt_field=None, answer_field=None, suffix="", answer="any",
                              reward=None, eval_problems=8, eval_every=1, seed=0, prompts_per_step=4)
     training_problems(config, load_tokenizer(BUILTIN_MODEL))
     assert capsys.readouterr().out == f"{file}: has too few problems to hold any out, so no accuracy will be measured\n"

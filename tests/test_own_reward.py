@@ -14,12 +14,13 @@ from test_eval import line
 
 from cli import BUILTIN_MODEL
 from critic import auc, value_metrics
-from data import BOXED_SUFFIX, load_problems, load_tokenizer
-from eval import best_of_k, pass_at_k, per_problem
+from data import BOXED_SUFFIX, load_problems, load_tokenizer, training_problems
+from eval import EvalConfig, best_of_k, load_benchmark, pass_at_k, per_problem
 from grpo import group_advantages
 from log import skill
 from reward import Verifier, decode
 from spo import ValueTracker
+from sppo import TrainConfig
 
 REWARDS = '''
 import os, time
@@ -214,6 +215,16 @@ def test_suffix_and_answers_of_any_kind(tmp_path):
     (tmp_path / "y.jsonl").write_text(json.dumps({"prompt": 'A "boxed" end? Then put the answer after "####".', "answer": "5"}))
     problem, = load_problems(str(tmp_path / "y.jsonl"))
     assert problem.messages[-1]["content"] == f'A "boxed" end? {BOXED_SUFFIX}'
+
+
+@pytest.mark.parametrize("options, warned", [
+    ({}, False), ({"suffix": ""}, True), ({"suffix": "", "answer": "any"}, False), ({"suffix": "", "reward": "f.py:f"}, False)])
+def test_answers_in_boxes_that_no_prompt_asks_for_are_warned_of(options, warned, tmp_path, capsys):
+    """As in eval.py on a benchmark after a run with a reward of one's own, whose --suffix "" comes along."""
+    load_benchmark("chain", EvalConfig(**options))
+    (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    training_problems(TrainConfig(dataset=str(tmp_path / "p.jsonl"), **options), load_tokenizer(BUILTIN_MODEL))
+    assert capsys.readouterr().out.count("asks for a \\boxed{} answer, and without one a response earns 0") == 2 * warned
 
 
 def test_thinking_stays_where_its_marks_are_special_tokens():
