@@ -12,6 +12,7 @@ Below them: `lock`, one run per folder, and `Stop`, for a run that is asked to s
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -46,10 +47,27 @@ def options_of(config):
     return {**json.loads(json.dumps(dataclasses.asdict(config))), "reward": reward_code(config)}
 
 
+def describe(module, tokenizer):
+    """What the shapes of its weights do not tell of a transformers model: {name: value}."""
+    own = {"dtype", "transformers_version", "_name_or_path"}  # may differ where the model is the same
+    texts = json.dumps([tokenizer.get_vocab(), tokenizer.chat_template], sort_keys=True)
+    return {"tokenizer": hashlib.sha1(texts.encode()).hexdigest(),
+            **{name: value for name, value in json.loads(module.config.to_json_string()).items()
+               if name not in own}}
+
+
+def models_of(run, baseline):
+    """That of the policy and, if the baseline has one, of the critic."""
+    models = {"model": describe(run.policy.module.lm, run.tokenizer)}
+    if critic := baseline.critic:
+        models["critic_model"] = describe(critic.module.backbone, getattr(critic, "tokenizer", run.tokenizer))
+    return models
+
+
 def state_of(run, baseline):
     """Everything that the next step depends on, as {name: value}; of a part, {part/name: value}."""
     return {"algorithm": type(baseline).__name__, "seconds": run.clock.total,
-            "options": options_of(run.config),
+            "options": options_of(run.config), "models": models_of(run, baseline),
             **{f"{part}/{name}": value for part, owner in parts_of(run, baseline).items()
                for name, value in owner.state_dict().items()}}
 
@@ -215,6 +233,12 @@ def resume(run, baseline):
     if meta["step"] > c.steps:
         raise InputError(f"{path}: is of a later step than --steps {c.steps}; raise it")
     now, values = state_of(run, baseline), meta["values"]
+    for option, model in now["models"].items():
+        was = values.get("models", {}).get(option, model)
+        if now["options"][option] != values["options"][option] and was != model:
+            name = min(name for name in {*was, *model} if was.get(name) != model.get(name))
+            raise InputError(f"{path}: belongs to another --{option.replace('_', '-')} ({name} differs); "
+                             f"{other}")
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
     tensors = {name: tensor for name, tensor in now.items() if isinstance(tensor, DTensor)}  # of the models

@@ -7,7 +7,7 @@ import checkpoint
 import data
 from cli import BUILTIN_MODEL, CommandLine, InputError, is_main, option
 from engines import engine_class
-from machine import skeleton
+from machine import check_model, skeleton
 from policy import check_output_layer
 
 
@@ -97,6 +97,10 @@ class TrainConfig(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step "
                              f"{self.prompts_per_step}; choose a divisor of it")
+        size = self.critic_minibatch or 1
+        if size < self.prompts_per_step and self.prompts_per_step % size:
+            raise InputError(f"--critic-minibatch {self.critic_minibatch} does not divide --prompts-per-step "
+                             f"{self.prompts_per_step}; choose a divisor of it, or 0 for --minibatch")
         if self.critic_warmup >= self.steps and not self.explain:
             raise InputError(f"--critic-warmup {self.critic_warmup}: with --steps {self.steps} the policy "
                              "would never be trained; give more steps, or a shorter warm-up")
@@ -128,11 +132,11 @@ class TrainConfig(CommandLine):
         engine_class(self)  # is there one, with these options?
         if not self.explain and (problem := checkpoint.unwritable(self.output)):
             raise InputError(f"{self.output}: cannot be written ({problem}); give another --output")
-        data.check_model(self.model, prompt + self.max_response_tokens, trust,
+        check_model(self.model, prompt + self.max_response_tokens, trust,
                          tensor_parallel=self.tensor_parallel)
         check_output_layer(self.model, trust)
         if self.critic_model:
-            data.check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
+            check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
             skeleton("AutoModel", self.critic_model, trust)
 
     def training_options(self):

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import load_tokenizer, render
-from machine import load
+from data import render
+from machine import load, load_tokenizer
 from sharded import ShardedModel, mean_of
 
 
@@ -134,5 +134,5 @@ def auc(scores, labels):
 
 def explained_variance(values, targets):
     """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant. None where R does not vary."""
-    variance = targets.var()
+    variance = targets.var() * (targets.min() < targets.max())  # 0, whatever its rounding
     return float(1 - (targets - values).var() / variance) if variance > 0 else None

@@ -1,22 +1,24 @@
-"""Problems: where they come from, how one becomes a prompt, and whether a model can read it.
+"""Problems: where they come from, which of them a run trains on, and how one becomes a prompt.
 
 `load_problems(spec)` reads the built-in task, a file (JSON, CSV or parquet), or a dataset on the hub.
 Whatever the source, a problem is a list of chat messages and a gold answer.
 """
 import csv
 import gzip
+import hashlib
 import io
 import json
 import random
 import re
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
+import numpy as np
 from jinja2 import TemplateError
 
-from cli import BUILTIN_MODEL, CommandLine, InputError, replace_file, say
-from machine import first_line, from_rank_0
+from cli import BUILTIN_MODEL, InputError, replace_file, say
+from machine import first_line, from_rank_0, load_tokenizer
 from reward import last_boxed
 
 BOXED_SUFFIX = "Please output the final answer within \\boxed{}."  # the papers' prompt
@@ -48,6 +50,11 @@ class Problem:
     id: int  # the row in its source, from 0: stable from run to run
     messages: tuple  # chat messages, {"role", "content"}; the last asks for a boxed answer
     answer: str  # gold answer, LaTeX or plain
+
+    @property
+    def text(self):
+        """All messages as one text."""
+        return "\n\n".join(m["content"] for m in self.messages)
 
 
 # ---- reading problems --------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def file_rows(path):
         import pyarrow.parquet
         try:
             parts = pyarrow.parquet.ParquetFile(path).iter_batches()  # as Python objects, all take much
-            return (row for part in parts for row in part.to_pylist())
+            return (row for part in parts for row in map(shortened, part.to_pylist(), repeat(part.schema)))
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"{path}: is not a parquet file ({error})") from None
     try:
@@ -136,6 +143,13 @@ def file_rows(path):
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it in this encoding") from None
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows}[kind](path, text)
+
+
+def shortened(row, schema):
+    """A row whose numbers of 32 bits are as they were written: 0.1, and not 0.10000000149011612."""
+    return {name: float(str(np.float32(value)))
+            if isinstance(value, float) and str(schema.field(name).type) == "float" else value
+            for name, value in row.items()}
 
 
 def json_lines(path, text):
@@ -179,7 +193,8 @@ def hub_rows(spec, fields):
         yield rows[0]  # with all its fields, which an error names
     rows = rows.select(range(1, len(rows)))
     for part in rows.select_columns([name for name in rows.column_names if name in fields]).iter(1000):
-        yield from (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
+        dicts = (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
+        yield from map(shortened, dicts, repeat(rows.features.arrow_schema))
 
 
 def is_chat(prompt):
@@ -199,11 +214,14 @@ def parse_row(row, i, spec, prompt_field=None, answer_field=None, suffix=BOXED_S
             raise InputError(f"{where}: has no field {field!r} for {option}; {has}")
     prompt = next((row[f] for f in (prompt_field and [prompt_field]) or PROMPT_FIELDS if row.get(f)), None)
     given = [row[f] for f in (answer_field and [answer_field]) or ANSWER_FIELDS if row.get(f) is not None]
+    given = [value for value in given if value == value]  # not a number: as null
     answer = next((value for value in given if value != ""), "" if given else None)
     if isinstance(row.get("reward_model"), dict) and not answer_field:  # verl
         answer = row["reward_model"].get("ground_truth")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    elif "row" in row:  # a run's held_out.jsonl: these prompts are finished
+        suffix = ""
     if not prompt:
         raise InputError(f"{where}: has no problem; {has}; {EXPECTED} (or name yours with --prompt-field)")
     if not is_chat(prompt):
@@ -279,14 +297,24 @@ def training_problems(c, tokenizer):
     return problems, held_out
 
 
+def marks_of(problems, c):
+    """A short text for each problem, the same in whatever file or place it stands. c: the options with which
+    it was read."""
+    return [hashlib.sha1(p.text.removesuffix(c.suffix).strip().encode()).hexdigest()[:12] for p in problems]
+
+
 def trained_on(run, held_out, c):
-    """How many of the held-out problems a run (its folder) has trained on: those of the same dataset that it
-    did not hold out."""
-    file, options = Path(run, "held_out.jsonl"), CommandLine.options_of(Path(run))
-    if options.get("dataset") != c.dataset or not file.exists():
-        return 0
-    kept = {json.loads(line).get("row") for line in file.read_text().splitlines()}
-    return 0 if None in kept else sum(p.id not in kept for p in held_out)  # older files do not tell the rows
+    """How many of the held-out problems a run (its folder) has trained on."""
+    file = Path(run, "trained.txt")  # older runs have none
+    trained = {*file.read_text().split()} if file.exists() else set()
+    return sum(mark in trained for mark in marks_of(held_out, c))
+
+
+def write_trained(run, problems, c):
+    """Adds the problems that a run (its folder) trains on to those of before, if it was resumed."""
+    file = Path(run, "trained.txt")
+    before = file.read_text().split() if c.resume and file.exists() else []
+    replace_file(file, "\n".join(dict.fromkeys([*before, *marks_of(problems, c)])) + "\n")
 
 
 def drop_unverifiable(problems, held_out, verifier, dataset, resumed=None):
@@ -324,6 +352,13 @@ def write_dropped(path, rows, c):
     replace_file(path, json.dumps(dict(dataset=c.dataset, own_reward=bool(c.reward), rows=sorted(rows))))
 
 
+def write_split(problems, held_out, dropped, c):
+    """What eval.py, a resumed run, and a run that goes on from this one's model need to know."""
+    write_problems(f"{c.output}/held_out.jsonl", held_out, c)
+    write_dropped(f"{c.output}/dropped.json", dropped, c)
+    write_trained(c.output, problems, c)
+
+
 def shuffled_epochs(problems, first, count, seed):
     """Problems number `first` to `first + count` of an endless series. Every problem comes once an
     epoch, in a new order each time. The series depends on the arguments alone: every rank and a
@@ -335,21 +370,6 @@ def shuffled_epochs(problems, first, count, seed):
 
 
 # ---- from problem to prompt --------------------------------------------------------------------------------
-
-def load_tokenizer(model, trust_remote_code=False):
-    """The tokenizer of a Hugging Face name or folder. Raises InputError if there is none that can be read."""
-    from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
-    text = "The plan counts 3 pears\nand 14 figs"
-    read = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
-    if read.strip() != text:  # transformers 5 loads some tokenizers as another kind than they are
-        raise InputError(f"{model}: its tokenizer, as transformers loads it, reads {text!r} as {read!r}; "
-                         "correct the tokenizer_class in its tokenizer_config.json")
-    return tokenizer
-
 
 def render(messages, tokenizer):
     """Token ids of the prompt, up to where the response starts. Without a chat template (base
@@ -365,34 +385,3 @@ def render(messages, tokenizer):
         roles = ", ".join(m["role"] for m in messages)
         raise InputError(f"{tokenizer.name_or_path}: its chat template does not take messages by {roles} "
                          f"({first_line(error)}); change the dataset's messages, or the template") from None
-
-
-# ---- can the model be used? --------------------------------------------------------------------------------
-
-def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens, --max-response-tokens",
-                tensor_parallel=1):
-    """Checks a model (hub name or folder) without loading its weights. Raises
-    InputError if it cannot be used.
-
-    tokens: the longest sequence that the model will have to read; options: the options that set this length.
-    """
-    from transformers import AutoConfig
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-    except Exception as error:  # transformers and its validators raise many kinds; each is about this file
-        raise InputError(f"{model}: is no folder with a usable config.json and no model on the hub within "
-                         f"reach ({first_line(error)})") from None
-    names = ("model.safetensors", "model.safetensors.index.json")  # not those of an adapter (LoRA)
-    if Path(model).is_dir() and not any(Path(model, name).is_file() for name in names):
-        raise InputError(f"{model}: has no model.safetensors, and other formats can run code when they are "
-                         "read; convert it with transformers' save_pretrained")
-    tokenizer = load_tokenizer(model, trust_remote_code)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(f"{model}: its tokenizer has {len(tokenizer)} tokens and its weights only "
-                         f"{config.vocab_size}; give a folder in which the two belong together")
-    if (heads := getattr(config, "num_attention_heads", 0)) % tensor_parallel:
-        raise InputError(f"{model}: its {heads} attention heads cannot be shared among --tensor-parallel "
-                         f"{tensor_parallel}; give a divisor of {heads}")
-    context = getattr(config, "max_position_embeddings", None)
-    if context and tokens > context:
-        raise InputError(f"{model}: reads at most {context} tokens, not {tokens}; lower {options}")

@@ -11,12 +11,14 @@ Each rank has its own engine (or `tensor_parallel` neighbours share one) and sam
 """
 import copy
 import gc
+import hashlib
 import importlib.util
 import logging
 import math
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,21 @@ def make_engine(c, model, tokenizer, device, max_tokens):
         model, device, stop=stop_tokens(model, tokenizer, c.trust_remote_code), max_tokens=max_tokens,
         dtype=c.dtype, seed=c.seed, tensor_parallel=c.tensor_parallel, memory=c.vllm_memory,
         trust_remote_code=c.trust_remote_code)
+
+
+def fingerprint(model, tokenizer, trust_remote_code):
+    """A text that changes with a model's weights, its chat template, or what ends a response, so that one
+    file of an evaluation never mixes two models."""
+    file = min(Path(model).glob("*.safetensors"), default=None)
+    if file:
+        with file.open("rb") as all_of_it:
+            all_of_it.seek(file.stat().st_size // 2)  # 1 MiB from its middle: to read all of a 7B is slow
+            weights = hashlib.sha1(all_of_it.read(1 << 20)).hexdigest()
+    else:  # on the hub
+        from transformers import AutoConfig
+        weights = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)._commit_hash
+    reads = repr((weights, tokenizer.chat_template, stop_tokens(model, tokenizer, trust_remote_code)))
+    return hashlib.sha1(reads.encode()).hexdigest()
 
 
 def stop_tokens(model, tokenizer, trust_remote_code=False):

@@ -279,11 +279,34 @@ def same_formula(answer, gold):
     texts = clean(gold), clean(answer)
     if different_kinds(a, b, texts) or all(re.fullmatch(r"\d+_\S+", text) for text in texts):
         return False  # or numbers to two bases
+    base = re.fullmatch(r"\d+_\{?(\d+)\}?", texts[1])
+    if base and base[1] != "10" and "_" not in texts[0]:
+        return False
+    listed, found = items(texts[0]), items(texts[1])
+    if type(a).__name__ == "FiniteSet" and "\\{" not in gold and len(listed) > len(a):
+        for item in listed:  # something comes twice in a list, which is no set
+            match = next((other for other in found if equal(other, item)), None)
+            if match is None:
+                return False
+            found.remove(match)
+        return not found
     same = _grader().sympy_expr_eq
     decimals = bool(re.search(r"\.\d", gold)) != bool(re.search(r"\.\d", answer))
     percent = [text.endswith("%") for text in texts]  # 50 % is 0.5, and 50 too, where that was asked for
     return same(a, b, decimals, None) or percent[0] != percent[1] and same(
         a / 100 if percent[0] else a, b / 100 if percent[1] else b, decimals, None)
+
+
+def items(text):
+    """The parts of a list, between the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
 
 
 def verifiable(gold):

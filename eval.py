@@ -24,11 +24,11 @@ import numpy as np
 import torch.distributed as dist
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, run_of, say
-from data import BOXED_SUFFIX, CHAIN, ENDINGS, check_model, load_problems, load_tokenizer, reading, render
-from engines import make_engine
+from data import BOXED_SUFFIX, CHAIN, ENDINGS, load_problems, reading, render
+from engines import fingerprint, make_engine
 from equality import equal
 from log import progress
-from machine import check_ranks, compute_dtype, init_distributed
+from machine import check_model, check_ranks, compute_dtype, init_distributed, load_tokenizer
 from reward import MAX_ANSWER_CHARS, extract_answer
 from rollout import make_verifier, reward_code, sample_and_verify, tell_failures
 
@@ -141,19 +141,7 @@ def record(benchmark, problem, sample, response, text, reward, mode):
     answer = extract_answer(text, mode) if response.finished else None
     return {"benchmark": benchmark, "problem": problem.id, "sample": sample, "reward": reward,
             "gold": problem.answer, "answer": answer, "tokens": len(response.ids),
-            "finished": response.finished, "question": problem.messages[-1]["content"], "response": text}
-
-
-def fingerprint(model, trust_remote_code):
-    """A text that changes when a model's weights do, so that one file never mixes the
-    responses of two models."""
-    file = min(Path(model).glob("*.safetensors"), default=None)
-    if not file:  # on the hub
-        from transformers import AutoConfig
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)._commit_hash
-    with file.open("rb") as weights:
-        weights.seek(file.stat().st_size // 2)  # 1 MiB from its middle: to read all of a 7B model is slow
-        return hashlib.sha1(weights.read(1 << 20)).hexdigest()
+            "finished": response.finished, "question": problem.text, "response": text}
 
 
 # ---- the file of an evaluation -----------------------------------------------------------------------------
@@ -222,6 +210,9 @@ def read_rollouts(path):
 def load_eval_benchmarks(c, tokenizer):
     """{name: problems} of a training script's --eval-benchmarks."""
     benchmarks = {name: load_benchmark(name, c) for name in c.eval_benchmarks}
+    if len({*map(label, benchmarks)}) < len(benchmarks):
+        raise InputError(f"--eval-benchmarks {' '.join(benchmarks)}: metrics have a file's name without its "
+                         "folder, and two are the same; rename one")
     for name, problems in benchmarks.items():
         longest = max(len(render(p.messages, tokenizer)) for p in problems)
         if longest > c.max_prompt_tokens:
@@ -318,14 +309,14 @@ def run_evaluation(c):
     device = init_distributed()
     c.dtype = compute_dtype(c.dtype, device)
     check_ranks(tensor_parallel=c.tensor_parallel)
-    settings = {"model": c.model, "weights": fingerprint(c.model, c.trust_remote_code)}
+    settings = {"model": c.model, "weights": fingerprint(c.model, tokenizer, c.trust_remote_code)}
     for name in ("temperature", "top_p", "top_k", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
     settings["reward"] = reward_code(c)
     records = RolloutFile(c.output or f"runs/eval/{(run_of(c.model) or Path(c.model)).name}.jsonl", settings)
     for key, p in jobs.items():
         old = records.done.get(key)
-        if old and (old["question"], old["gold"]) != (p.messages[-1]["content"], p.answer):
+        if old and (old["question"], old["gold"]) != (p.text, p.answer):
             raise InputError(f"{records.path}: its problem {p.id} of {key[0]} has another text or answer "
                              "now; give another --output")
     if (there := 1 + max((sample for *_, sample in records.done), default=0)) > c.samples:

@@ -126,7 +126,8 @@ class Watch(Ratios):
         batch, c, minibatch = self.batch, self.run.config, self.minibatch[row]
         response, answer, reward = batch.responses[row], batch.problems[row].answer, batch.rewards[row].item()
         expected, advantage, now = about(self.baseline, batch, row, self.advantages[row])
-        text, prompt = decode(response.ids, tokenizer), batch.prompts[row]
+        prompt = batch.prompts[row]
+        text = decode(response.ids, tokenizer, prompt)
         ending = "with its end" if response.finished else "cut off, so it earns nothing"
         box = f"{'there is none' if (box := last_boxed(text)) is None else short(box)}; "
         ratio, (loss, clipped) = self.ratio(row), self.loss(row)

@@ -17,6 +17,12 @@ from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
 
+def all_equal(groups):
+    """Whether all rewards of a group are equal: groups [B, N] -> [B, 1]. Asked of the rewards themselves,
+    because their mean is rounded: that of eight times 0.7 is not 0.7."""
+    return (groups == groups[:, :1]).all(1, keepdim=True)
+
+
 def group_advantages(rewards, group_size, normalize=True):
     """(R - mean) / (std + 1e-6) of each group, std with N - 1 (arXiv 2402.03300, eq. 3).
     rewards [B*N] -> [B*N].
@@ -26,16 +32,16 @@ def group_advantages(rewards, group_size, normalize=True):
     groups = rewards.view(-1, group_size)  # [B, N]
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize:
-        # The 1e-6 keeps 0 / 0 away where all rewards of a group agree: such a group's advantages are 0.
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
-    return advantages.flatten()
+    # Equal rewards say nothing, and their rounding, divided by a std near 0, must not either.
+    return advantages.masked_fill(all_equal(groups), 0).flatten()
 
 
 def rloo_advantages(rewards, group_size):
     """R minus the mean of the group's N - 1 other rewards (arXiv 2402.14740). rewards [B*N] -> [B*N]."""
     groups = rewards.view(-1, group_size)  # [B, N]
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()
+    return (groups - others).masked_fill(all_equal(groups), 0).flatten()
 
 
 def remax_advantages(rewards, greedy_rewards):
@@ -57,9 +63,12 @@ class GRPO(Baseline):
 
     def update(self, batch):
         # Nothing is learned, but a user wants to know how many prompts gave no gradient.
-        solved = batch.rewards.view(-1, self.samples_per_prompt).mean(1)  # the share of each group
-        right, wrong = ((solved == share).float().mean().item() for share in (1, 0))
-        return {"group/all_equal": right + wrong, "group/all_right": right, "group/all_wrong": wrong}
+        groups = batch.rewards.view(-1, self.samples_per_prompt)
+        return {f"group/all_{name}": which.float().mean().item() for name, which in (
+            ("equal", all_equal(groups)), ("right", (groups == 1).all(1)), ("wrong", (groups == 0).all(1)))}
+
+    def state_dict(self):
+        return {}  # `update` learns nothing
 
 
 class RLOO(GRPO):
@@ -80,6 +89,9 @@ class ReMax(Baseline):
     def update(self, batch):
         return {"group/all_equal": (batch.rewards == batch.greedy_rewards).float().mean().item(),
                 "greedy_reward": batch.greedy_rewards.mean().item()}
+
+    def state_dict(self):
+        return {}
 
 
 # ---- the options -------------------------------------------------------------------------------------------

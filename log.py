@@ -327,7 +327,7 @@ def sample(batch, row, advantages=None, values=None, tokenizer=None):
             return round(float(place(x) if x.dim() else x), 4)
     response, problem = batch.responses[row], batch.problems[row]
     return {"problem": problem.id, "prompt": problem.messages[-1]["content"],
-            "response": decode(response.ids, tokenizer), "answer": problem.answer,
+            "response": decode(response.ids, tokenizer, batch.prompts[row]), "answer": problem.answer,
             "reward": round(float(batch.rewards[row]), 6), "value": of_row(values, lambda x: x[0]),
             "advantage": of_row(advantages, lambda x: x[: len(response.ids)].mean()),
             "tokens": len(response.ids), "finished": response.finished}

@@ -10,6 +10,7 @@ import re
 import shutil
 import sysconfig
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -161,8 +162,12 @@ def skeleton(auto, model, trust_remote_code, tied=True):
         part.tie_word_embeddings = False
     try:
         with torch.device("meta"):
-            return getattr(transformers(), auto).from_config(
+            module = getattr(transformers(), auto).from_config(
                 config, attn_implementation=attention_of(config), trust_remote_code=trust_remote_code)
+        causal = [part.is_causal for part in module.modules() if hasattr(part, "is_causal")]
+        if causal and not any(causal):
+            raise ValueError("it is an encoder, whose tokens see later ones")
+        return module
     except Exception as error:  # each architecture has its own way to say that it cannot
         why = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
         raise InputError(f"{model}: a model of type {config.model_type} cannot be trained here ({why[:200]});"
@@ -205,6 +210,50 @@ def load(auto, model, trust_remote_code):
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
         _apply_liger_kernel_to_instance(model=module, fused_linear_cross_entropy=False)
     return module
+
+
+def load_tokenizer(model, trust_remote_code=False):
+    """The tokenizer of a Hugging Face name or folder. Raises InputError if there is none that can be read."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    text = "The plan counts 3 pears\nand 14 figs"
+    read = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    if read.strip() != text:  # transformers 5 loads some tokenizers as another kind than they are
+        raise InputError(f"{model}: its tokenizer, as transformers loads it, reads {text!r} as {read!r}; "
+                         "correct the tokenizer_class in its tokenizer_config.json")
+    return tokenizer
+
+
+def check_model(model, tokens, trust_remote_code=False, options="--max-prompt-tokens, --max-response-tokens",
+                tensor_parallel=1):
+    """Checks a model (hub name or folder) without loading its weights. Raises
+    InputError if it cannot be used.
+
+    tokens: the longest sequence that the model will have to read; options: the options that set this length.
+    """
+    from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    except Exception as error:  # transformers and its validators raise many kinds; each is about this file
+        raise InputError(f"{model}: is no folder with a usable config.json and no model on the hub within "
+                         f"reach ({first_line(error)})") from None
+    names = ("model.safetensors", "model.safetensors.index.json")  # not those of an adapter (LoRA)
+    if Path(model).is_dir() and not any(Path(model, name).is_file() for name in names):
+        raise InputError(f"{model}: has no model.safetensors, and other formats can run code when they are "
+                         "read; convert it with transformers' save_pretrained")
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{model}: its tokenizer has {len(tokenizer)} tokens and its weights only "
+                         f"{config.vocab_size}; give a folder in which the two belong together")
+    if (heads := getattr(config, "num_attention_heads", 0)) % tensor_parallel:
+        raise InputError(f"{model}: its {heads} attention heads cannot be shared among --tensor-parallel "
+                         f"{tensor_parallel}; give a divisor of {heads}")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and tokens > context:
+        raise InputError(f"{model}: reads at most {context} tokens, not {tokens}; lower {options}")
 
 
 # ---- what a checkpoint holds -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from cli import InputError, clear_errors, option
 from critic import ValueModel, auc, value_metrics
-from data import check_model, load_tokenizer
+from machine import check_model, load_tokenizer
 from sharded import ShardedModel, mean_of, pad, rows_like, unflatten
 from sppo import Baseline, TrainConfig, train
 

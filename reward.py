@@ -87,12 +87,14 @@ def last_boxed(text):
     return ", ".join(contents) if contents else None
 
 
-def decode(ids, tokenizer):
+def decode(ids, tokenizer, prompt=()):
     """The text of a response, without padding and end marks. `<think>` and `</think>` stay, even where they
-    are special tokens: the verdict depends on them."""
+    are special tokens: the verdict depends on them. So it begins with `<think>` if the `prompt` (token ids)
+    ends within a thought, as DeepSeek-R1's does."""
     thinking = {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")}
     special = set(tokenizer.all_special_ids) - thinking
-    return tokenizer.decode([i for i in ids if i not in special])
+    opened = "<think>" in tokenizer.decode(prompt[-16:]).rpartition("</think>")[2]
+    return "<think>" * opened + tokenizer.decode([i for i in ids if i not in special])
 
 
 def extract_answer(response, mode="boxed"):

@@ -85,7 +85,7 @@ def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling)
     verified while others are still being written. A response that was cut off or paused has no answer,
     whatever its text says. sampling: as an engine's `generate`."""
     for i, response in engine.generate(prompts, **sampling):
-        text = decode(response.ids, tokenizer)
+        text = decode(response.ids, tokenizer, prompts[i])
         yield i, response, text, verifier.submit(text if response.finished else "", answers[i])
 
 

@@ -44,7 +44,7 @@ from engines import make_engine
 from eval import evaluate_policy, load_eval_benchmarks
 from inflight import InFlight
 from log import Clock, Log
-from machine import check_ranks, compute_dtype, from_rank_0, init_distributed, seed_torch
+from machine import check_ranks, compute_dtype, from_rank_0, init_distributed, load_tokenizer, seed_torch
 from policy import Policy
 from reward import Verifier
 from rollout import Sampler, make_verifier
@@ -370,7 +370,7 @@ def run_training(c, make_baseline, closing):
     `closing`, which ends the last first."""
     c.check()
     say(f"Loading {c.model}, {c.dataset} and the engine: seconds for small models, minutes for large ones.")
-    tokenizer = data.load_tokenizer(c.model, c.trust_remote_code)
+    tokenizer = load_tokenizer(c.model, c.trust_remote_code)
     verifier = make_verifier(c)  # response, gold answer -> reward in [0, 1]
     closing.callback(verifier.close)
     device = init_distributed()  # every rank runs this same function, on a GPU of its own
@@ -421,13 +421,13 @@ def begin(run, baseline):
         nonlocal log
         log = Log(c, step)
         if is_main():  # eval.py evaluates the trained model on what was held out here
-            data.write_problems(f"{c.output}/held_out.jsonl", run.held_out, c)
-            data.write_dropped(f"{c.output}/dropped.json", run.dropped, c)
+            data.write_split(run.problems, run.held_out, run.dropped, c)
 
     if error := checkpoint.first_disk_error(lock):
         raise InputError(f"{c.output}: {error}")
     step = checkpoint.resume(run, baseline)
-    if step and type(baseline).update is not Baseline.update and not baseline.state_dict():
+    own = [getattr(type(baseline), name) is not getattr(Baseline, name) for name in ("update", "state_dict")]
+    if step and own == [True, False] and not baseline.critic:
         say(f"warning: {type(baseline).__name__} has no `state_dict`, so what `update` had learned is lost")
     earlier = c.output if step else run_of(c.model)  # a run that trained this policy
     seen = from_rank_0(lambda: data.trained_on(earlier, run.held_out, c)) if earlier else 0

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 import torch.distributed as dist
 
+import config
 import engines
 import sppo
 from reward import Verifier
@@ -105,7 +106,7 @@ torch.cuda.mem_get_info = lambda: ((39 + dist.get_rank()) * 2**30, 80 * 2**30)  
 on_gpu = engines.VLLMEngine
 on_gpu._free_transformers_classes = lambda engine: setattr(engine, "config", nullcontext())
 sppo.Policy.check_engine = lambda *_, **__: None  # its log-probabilities are made up
-sppo.data.check_model = lambda *_, **__: None  # it does not share the three heads of the built-in model
+config.check_model = lambda *_, **__: None  # it does not share the three heads of the built-in model
 engines.VLLMEngine = lambda model, device, **options: on_gpu(model, torch.device("cuda"), **options)
 output, *arguments = sys.argv[1:]
 end = dist.destroy_process_group

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cli import InputError
+from critic import explained_variance
 from data import Problem
 from engines import Response
-from grpo import group_advantages, remax_advantages, rloo_advantages
+from grpo import GRPO, group_advantages, remax_advantages, rloo_advantages
 from ppo import gae, tail_effect, value_loss, whiten
 from rollout import Batch
 from spo import SPO, ValueTracker, normalize
@@ -38,6 +39,19 @@ def test_group_advantages(seed):
     assert close(group_advantages(rewards, n, normalize=False), plain)
     equal = [i for i, g in enumerate(groups) for _ in g if len(set(g)) == 1]
     assert equal and all(group_advantages(rewards.float(), n).view(-1, n)[i].eq(0).all() for i in equal)  # exactly
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 0.9])
+@pytest.mark.parametrize("n", [3, 8, 12])
+def test_equal_rewards_in_between_say_nothing(reward, n):
+    """Whose mean in float32 is another number."""
+    rewards = torch.tensor([reward] * n + [0.7] * (n - 1) + [0.1])
+    for advantages in group_advantages(rewards, n), rloo_advantages(rewards, n):
+        assert not advantages[:n].any() and advantages[n:].all()
+    run = SimpleNamespace(config=SimpleNamespace(group_size=n, normalize=True))
+    assert GRPO(run).update(SimpleNamespace(rewards=rewards)) == {
+        "group/all_equal": 0.5, "group/all_right": 0, "group/all_wrong": 0}
+    assert explained_variance(np.full(n, 0.5), rewards[:n].numpy()) is None
 
 
 @pytest.mark.parametrize("seed", range(8))

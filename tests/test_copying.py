@@ -26,7 +26,7 @@ PASTED = {  # what is copied: (sources that are pasted one after the other, impo
         loss, _ = clipped_policy_loss(logprobs, torch.zeros(2, 3), torch.tensor([1.0, -2.0]), torch.ones(2, 3))
         loss.backward()
         print(torch.allclose(logprobs.grad, torch.tensor([[-1.0], [2.0]]).expand(2, 3) / 6))"""),
-    "group_advantages": ([grpo.group_advantages], "import torch", """
+    "group_advantages": ([grpo.all_equal, grpo.group_advantages], "import torch", """
         print(group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 2)[2:].tolist() == [0.0, 0.0])"""),
     "gae": ([ppo.gae], "import torch", """
         advantages, returns = gae(torch.tensor([[0.0, 1.0]]), torch.full((1, 2), 0.25), torch.ones(1, 2))

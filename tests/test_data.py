@@ -15,9 +15,11 @@ from data import (
     load_tokenizer,
     render,
     split,
+    trained_on,
     training_problems,
     write_dropped,
     write_problems,
+    write_trained,
 )
 from reward import Verifier
 
@@ -81,6 +83,40 @@ def test_what_a_run_holds_out_is_read_again(tmp_path):
         options = types.SimpleNamespace(prompt_field=fields[0], answer_field=fields[1])
         write_problems(tmp_path / "held_out.jsonl", problems, options)
         assert load_problems(str(tmp_path / "held_out.jsonl"), *fields) == problems
+
+
+def test_a_prompt_that_a_run_has_held_out_is_finished(tmp_path):
+    """Under whatever --suffix it is read."""
+    problems = load_problems(write(tmp_path / "x.jsonl", ROWS), suffix="Answer with a number.")
+    write_problems(tmp_path / "held_out.jsonl", problems, types.SimpleNamespace(prompt_field=None, answer_field=None))
+    assert [p.messages for p in load_problems(str(tmp_path / "held_out.jsonl"))] == [p.messages for p in problems]
+
+
+def test_numbers_in_tables_are_what_was_written(tmp_path):
+    """Also those of 32 bits; and what is not a number is no answer."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    table = {"problem": ["a?", "b?", "c?"], "answer": pa.array([0.1, 3.7, 5.0], pa.float32())}
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "x.parquet")
+    assert [p.answer for p in load_problems(str(tmp_path / "x.parquet"))] == ["0.1", "3.7", "5.0"]
+    (tmp_path / "nan.jsonl").write_text('{"problem": "1?", "answer": NaN}\n')
+    with pytest.raises(InputError, match="nan.jsonl, row 1: has no answer"):
+        load_problems(str(tmp_path / "nan.jsonl"))
+
+
+def test_what_a_run_has_trained_on_is_known_by_its_text(tmp_path):
+    """Not by the file's name, nor by its row; also after the run was resumed with other problems."""
+    c = types.SimpleNamespace(suffix="Now!", resume=True)
+    ours = [load_problems(write(tmp_path / f"{name}.jsonl", rows), suffix="Now!") for name, rows in (("a", ROWS), ("b", ROWS[::-1]))]
+    assert trained_on(tmp_path, ours[1], c) == 0
+    write_trained(tmp_path, ours[0][:1], c)
+    assert trained_on(tmp_path, ours[1], c) == 1
+    write_trained(tmp_path, ours[0][1:], c)
+    assert trained_on(tmp_path, ours[1], c) == 2
+    c = types.SimpleNamespace(suffix="Then!", resume=False)
+    assert trained_on(tmp_path, load_problems(str(tmp_path / "b.jsonl"), suffix="Then!"), c) == 2
+    write_trained(tmp_path, ours[0][1:], c)
+    assert trained_on(tmp_path, ours[1], c) == 1
 
 
 @pytest.mark.parametrize("spec, message", [

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import time
 import types
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 from conftest import complaint, metrics, run, some_problems, started
 
-from cli import InputError
+from cli import BUILTIN_MODEL, InputError
 from data import BOXED_SUFFIX, Problem
-from engines import Response, sample_tokens
+from engines import Response, fingerprint, sample_tokens
 from eval import (
     BENCHMARKS,
     EvalConfig,
@@ -22,16 +23,18 @@ from eval import (
     bootstrap_interval,
     evaluate_policy,
     load_benchmark,
+    load_eval_benchmarks,
     majority_at_k,
     pass_at_k,
     per_problem,
     read_rollouts,
     run_evaluation,
 )
+from machine import load_tokenizer
 from rollout import Batch
 
 ENGINES = ["vllm", "transformers"]
-FIELDS = types.SimpleNamespace(prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, reward=None)
+FIELDS = types.SimpleNamespace(prompt_field=None, answer_field=None, suffix=BOXED_SUFFIX, answer="boxed", reward=None)
 
 
 def has(engine):
@@ -177,6 +180,27 @@ def test_other_settings_or_problems_are_not_mixed(tmp_path):
     done = run(*command)
     assert done.returncode == 2 and "has another text or answer" in done.stderr and "Traceback" not in done.stderr
     assert len(read_rollouts(file)[1]) == 2  # nothing was lost
+
+
+def test_another_template_or_end_is_another_model(tmp_path):
+    tokenizer, marks = load_tokenizer(BUILTIN_MODEL), []
+    for template, end in ((tokenizer.chat_template, 2), (tokenizer.chat_template, 3), ("{{ messages }}", 2)):
+        shutil.copytree(BUILTIN_MODEL, tmp_path / "model", dirs_exist_ok=True)
+        (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+        tokenizer.chat_template = template
+        marks.append(fingerprint(tmp_path / "model", tokenizer, False))
+        assert marks[-1] == fingerprint(tmp_path / "model", tokenizer, False)
+    assert len({*marks}) == 3
+
+
+def test_benchmarks_whose_metrics_would_have_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
+    names = tuple(f"{tmp_path}/{folder}/test.jsonl" for folder in "ab")
+    c = types.SimpleNamespace(**vars(FIELDS), eval_benchmarks=names, max_prompt_tokens=64)
+    with pytest.raises(InputError, match="two are the same; rename one"):
+        load_eval_benchmarks(c, load_tokenizer(BUILTIN_MODEL))
 
 
 @pytest.mark.parametrize("name, text, message", [

@@ -101,7 +101,7 @@ def config(folder, **options):
 
 
 def test_what_is_not_a_number_is_null_in_both_files(tmp_path):
-    batch = types.SimpleNamespace(responses=[Response([1], [-1.0], True)], rewards=torch.ones(1), problems=[
+    batch = types.SimpleNamespace(responses=[Response([1], [-1.0], True)], rewards=torch.ones(1), prompts=[[1]], problems=[
         Problem(0, ({"role": "user", "content": "?"},), "1")])
     log = Log(config(tmp_path))
     log.add({"reward": 1.0, "critic/bce": float("nan")})

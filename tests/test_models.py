@@ -16,6 +16,7 @@ from cli import BUILTIN_MODEL, InputError
 from critic import PromptCritic
 from data import load_problems, load_tokenizer, render
 from engines import Response, make_engine, stop_tokens
+from machine import skeleton
 from policy import Policy
 from ppo import TokenCritic, whiten
 from rollout import Batch
@@ -132,6 +133,15 @@ def test_a_gap_that_grows_is_a_warning(first, later, old_logprobs, warns, tmp_pa
         written.add({"reward": 0.5, "response_tokens": 9.0, "policy/rollout_gap": gap})
         written.write(step, 1.0)
     assert ("warning: trainer and engine differ five times as much" in capsys.readouterr().out) == warns
+
+
+def test_an_encoder_is_no_critic(tmp_path, device):
+    """Whose tokens see later ones; ours would not let them, and say nothing."""
+    from transformers import BertConfig, BertModel
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=300)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a model of type bert cannot be trained here .*an encoder"):
+        skeleton("AutoModel", str(tmp_path), False)
 
 
 def test_a_smaller_critic_reads_ids_of_the_policy_that_stand_for_no_token(device):

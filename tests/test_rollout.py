@@ -1,13 +1,18 @@
 """Both engines: what they sample, what they report of it, and that new weights really arrive."""
+import functools
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import metrics, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cli import InputError
-from engines import TransformersEngine
+from cli import BUILTIN_MODEL, InputError
+from engines import Response, TransformersEngine
+from machine import load_tokenizer
+from reward import Verifier, verify
+from rollout import sample_and_verify
 
 pytestmark = pytest.mark.xdist_group("rollout")  # of tests that share a session's fixture, on one worker
 
@@ -54,6 +59,21 @@ def test_what_is_paused_is_continued(report):
     assert report["whole"] < 1e-3  # each token has its log-probability, whichever pass wrote it
     assert any(length == limit for limit, length, _ in report["limits"])
     assert all(length == limit or length < limit and finished for limit, length, finished in report["limits"])
+
+
+@pytest.mark.parametrize("prompt, response, reward", [
+    ("1+1? <think>", "Is it \\boxed{2}", 0), ("1+1? <think>", "1, 2.</think> \\boxed{2}", 1),
+    ("1+1? <think>", "\\boxed{2}</think> \\boxed{3}", 0), ("1+1? <think></think>", "\\boxed{2}", 1), ("1+1?", "\\boxed{2}", 1)])
+def test_an_answer_in_a_thought_that_the_prompt_began_is_none(prompt, response, reward):
+    """As with DeepSeek-R1's template, which ends with <think>."""
+    tokenizer = load_tokenizer(BUILTIN_MODEL)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    ids = encode(response)
+    engine = SimpleNamespace(generate=lambda prompts: [(0, Response(ids, [0.0] * len(ids), True))])
+    verifier = Verifier(1)
+    [(_, _, text, result)] = sample_and_verify(engine, verifier, tokenizer, [encode(prompt)], ["2"])
+    assert result.result() == reward == verify(text, "2") and text.endswith(response)
+    verifier.close()
 
 
 def test_a_response_may_fill_the_positions_of_the_model(tmp_path, device):

@@ -142,9 +142,12 @@ def test_a_broken_checkpoint_is_passed_over_and_a_foreign_one_refused(two_checkp
     weights = load_file(foreign / "model.safetensors")
     save_file({name: w for name, w in weights.items() if f"layers.{layers}." not in name}, foreign / "model.safetensors",
               {"format": "pt"})
+    sibling = variant(tmp_path / "sibling")  # its weights have the same shapes
+    (sibling / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     for command, sentence in (
+            ([*resume, "--model", sibling, *SETTINGS], "belongs to another --model (rms_norm_eps differs)"),
             (["ppo.py", *resume[1:]], "is of a run of SPPO, and this is PPO"),
-            ([*resume, "--model", foreign, *SETTINGS], "belongs to another model (baseline/backbone.layers"),
+            ([*resume, "--model", foreign, *SETTINGS], "belongs to another --model (layer_types differs)"),
             ([*resume, "--steps", "0"], "--steps 0: must be"),
             (resume, "has no complete checkpoint; delete its folder checkpoints to start anew")):
         if command is resume:

@@ -142,6 +142,7 @@ def broken_model(folder, **changes):
 @pytest.mark.parametrize("case, message", [
     ("minibatch", "--minibatch 7 does not divide --prompts-per-step 128"),
     ("critic minibatch", "--critic-minibatch -4: must be 0 or more"),
+    ("critic divisor", "--critic-minibatch 100 does not divide --prompts-per-step 128"),
     ("model", "is no folder with a usable config.json and no model on the hub"),
     ("critic", "is no folder with a usable config.json and no model on the hub"),
     ("vocabulary", "tokenizer has 265 tokens and its weights only 200"),
@@ -158,7 +159,8 @@ def test_bad_input_is_one_clear_sentence(tmp_path, case, message, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "gold.jsonl").write_text('{"problem": "1?", "answer": "1"}\n{"problem": "2?", "answer": "\\\\frac{"}\n')
     arguments = {
-        "minibatch": ["--minibatch", "7"], "critic minibatch": ["--critic-minibatch", "-4"], "model": ["--model", tmp_path / "nope"], "critic": ["--critic-model", "no/such"],
+        "minibatch": ["--minibatch", "7"], "critic minibatch": ["--critic-minibatch", "-4"],
+        "critic divisor": ["--critic-minibatch", "100"], "model": ["--model", tmp_path / "nope"], "critic": ["--critic-model", "no/such"],
         "vocabulary": ["--model", broken_model(tmp_path / "v", vocab_size=200)],
         "context": ["--max-response-tokens", "5000"], "empty": ["--dataset", tmp_path / "empty.jsonl"],
         "prompts": ["--max-prompt-tokens", "5"], "gold": ["--dataset", tmp_path / "gold.jsonl"],

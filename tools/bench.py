@@ -25,9 +25,9 @@ import torch
 
 import sppo
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
-from data import check_model, load_problems, load_tokenizer, render
+from data import load_problems, render
 from engines import VLLMEngine, stop_tokens
-from machine import compute_dtype, init_distributed
+from machine import check_model, compute_dtype, init_distributed, load_tokenizer
 from reward import Verifier, verify
 from rollout import sample_and_verify
 from tools.plan import SHAPES, shape_of
