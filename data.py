@@ -190,7 +190,7 @@ def hub_rows(spec, fields):
         raise InputError(f"{spec}: is neither a file that is here nor a dataset on the hub in reach "
                          f"({first_line(error)}); without a network, give a file") from None
     if len(rows):
-        yield rows[0]  # with all its fields, which an error names
+        yield shortened(rows[0], rows.features.arrow_schema)  # with all fields, which an error names
     rows = rows.select(range(1, len(rows)))
     for part in rows.select_columns([name for name in rows.column_names if name in fields]).iter(1000):
         dicts = (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))

@@ -64,8 +64,9 @@ class GRPO(Baseline):
     def update(self, batch):
         # Nothing is learned, but a user wants to know how many prompts gave no gradient.
         groups = batch.rewards.view(-1, self.samples_per_prompt)
-        return {f"group/all_{name}": which.float().mean().item() for name, which in (
-            ("equal", all_equal(groups)), ("right", (groups == 1).all(1)), ("wrong", (groups == 0).all(1)))}
+        equal, right, wrong = (which.float().mean().item() for which in (
+            all_equal(groups), (groups == 1).all(1), (groups == 0).all(1)))
+        return {"group/all_equal": equal, "group/all_right": right, "group/all_wrong": wrong}
 
     def state_dict(self):
         return {}  # `update` learns nothing
@@ -91,7 +92,7 @@ class ReMax(Baseline):
                 "greedy_reward": batch.greedy_rewards.mean().item()}
 
     def state_dict(self):
-        return {}
+        return {}  # as in GRPO
 
 
 # ---- the options -------------------------------------------------------------------------------------------

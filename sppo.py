@@ -426,6 +426,7 @@ def begin(run, baseline):
     if error := checkpoint.first_disk_error(lock):
         raise InputError(f"{c.output}: {error}")
     step = checkpoint.resume(run, baseline)
+    # A baseline that defines `update` alone may have learned what no checkpoint holds.
     own = [getattr(type(baseline), name) is not getattr(Baseline, name) for name in ("update", "state_dict")]
     if step and own == [True, False] and not baseline.critic:
         say(f"warning: {type(baseline).__name__} has no `state_dict`, so what `update` had learned is lost")
