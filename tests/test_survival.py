@@ -66,6 +66,7 @@ def test_two_steps_a_kill_and_two_more_equal_four(tmp_path, command):
     done = run(*command, tmp_path / "b", "--resume")
     assert done.returncode == 0, done.stderr
     assert "Resuming after step 2\n" in done.stdout
+    assert "warning: " not in done.stdout  # who learns nothing needs no state
     assert but_for_times(tmp_path / "b") == but_for_times(tmp_path / "a")
     a, b = ((tmp_path / name / "samples.jsonl").read_text() for name in "ab")
     assert a == b and a.count("\n") == 4 * 8
