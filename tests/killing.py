@@ -72,7 +72,7 @@ report = {"kills": 0, "while saving": 0, "steps": []}
 while report["kills"] < kills:
     begun, at_first, child = time.time(), saved(), start()
     most = last - 3 - (kills - report["kills"])  # steps are left for the other kills
-    if report["kills"] % 4 == 0:  # every fourth in the midst of a save
+    if report["kills"] % 3 == 0:  # every third in the midst of a save
         delay = rng.uniform(0, 0.02)
         while alive(child) and not caught_saving(child, begun, delay) and saved() < most:
             delay /= 2  # a fast disk
