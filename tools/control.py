@@ -1,6 +1,6 @@
 """The experiments of examples/control.py: each task, method and seed of PLAN, a figure and a table.
 
-    python -m tools.control              what results/control.json lacks, and the figure: 6.9 hours
+    python -m tools.control              what results/control.json lacks, and the figure: 7.2 hours
     python -m tools.control --redraw     the figure and the table alone
 
 Each run is written to results/control.json when it ends. So a command that was stopped goes on from there.
