@@ -20,7 +20,7 @@ def small(hidden, layers, vocabulary, tied):
                        tie_word_embeddings=tied, dtype=torch.bfloat16)
 
 
-SHAPES = {"wide": small(128, 2, 500, True), "deep": small(64, 4, 2000, False)}
+SHAPES = {"wide": small(128, 2, 500, True), "deep": small(64, 3, 2000, False)}
 
 
 def counts(fake):
