@@ -9,7 +9,7 @@ help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: install  ## train the built-in model with SPPO: a few minutes on a laptop
-	@echo "Training a built-in model of 360,000 parameters with SPPO: 70 steps, about two minutes."
+	@echo "Training a built-in model of 360,000 parameters with SPPO: 70 steps, two to four minutes."
 	@echo "Loading the libraries takes ten seconds or more."
 # One thread: so small a model only waits for more.
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python sppo.py

@@ -57,9 +57,9 @@ def describe(module, tokenizer):
 
 
 def models_of(run, baseline):
-    """That of the policy and, if the baseline has one, of the critic."""
-    models = {"model": describe(run.policy.module.lm, run.tokenizer)}
-    if critic := baseline.critic:
+    """That of the policy and, if the baseline has one, of the critic. (One's own may be no transformer.)"""
+    models, critic = {"model": describe(run.policy.module.lm, run.tokenizer)}, baseline.critic
+    if critic and hasattr(critic.module, "backbone"):
         models["critic_model"] = describe(critic.module.backbone, getattr(critic, "tokenizer", run.tokenizer))
     return models
 

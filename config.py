@@ -97,10 +97,6 @@ class TrainConfig(CommandLine):
         if self.prompts_per_step % self.minibatch:
             raise InputError(f"--minibatch {self.minibatch} does not divide --prompts-per-step "
                              f"{self.prompts_per_step}; choose a divisor of it")
-        size = self.critic_minibatch or 1
-        if size < self.prompts_per_step and self.prompts_per_step % size:
-            raise InputError(f"--critic-minibatch {self.critic_minibatch} does not divide --prompts-per-step "
-                             f"{self.prompts_per_step}; choose a divisor of it, or 0 for --minibatch")
         if self.critic_warmup >= self.steps and not self.explain:
             raise InputError(f"--critic-warmup {self.critic_warmup}: with --steps {self.steps} the policy "
                              "would never be trained; give more steps, or a shorter warm-up")
@@ -133,7 +129,7 @@ class TrainConfig(CommandLine):
         if not self.explain and (problem := checkpoint.unwritable(self.output)):
             raise InputError(f"{self.output}: cannot be written ({problem}); give another --output")
         check_model(self.model, prompt + self.max_response_tokens, trust,
-                         tensor_parallel=self.tensor_parallel)
+                    tensor_parallel=self.tensor_parallel)
         check_output_layer(self.model, trust)
         if self.critic_model:
             check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
@@ -146,6 +142,11 @@ class TrainConfig(CommandLine):
             "checkpoint_activations", "offload", "trust_remote_code")}
 
     def critic_options(self):
-        """The same for a critic, with its own learning rate and mini-batch."""
+        """The same for a critic, with its own learning rate and mini-batch. Raises InputError if mini-batches
+        would be of unequal sizes. (Asked here, because only some algorithms have a critic.)"""
+        size = self.critic_minibatch or self.minibatch
+        if size < self.prompts_per_step and self.prompts_per_step % size:
+            raise InputError(f"--critic-minibatch {size} does not divide --prompts-per-step "
+                             f"{self.prompts_per_step}; choose a divisor of it, or 0 for --minibatch")
         return {**self.training_options(), "lr": self.critic_lr,
-                "minibatch": self.critic_minibatch or self.minibatch}
+                "minibatch": size}

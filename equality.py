@@ -281,7 +281,7 @@ def same_formula(answer, gold):
         return False  # or numbers to two bases
     base = re.fullmatch(r"\d+_\{?(\d+)\}?", texts[1])
     if base and base[1] != "10" and "_" not in texts[0]:
-        return False
+        return False  # 42 to the base 8 is not 42
     listed, found = items(texts[0]), items(texts[1])
     if type(a).__name__ == "FiniteSet" and "\\{" not in gold and len(listed) > len(a):
         for item in listed:  # something comes twice in a list, which is no set

@@ -8,16 +8,18 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, metrics, run, started, torchrun, wait_for
 from safetensors.torch import load_file, save_file
 
-from checkpoint import _is_complete, existing
+from checkpoint import _is_complete, existing, models_of
 from cli import BUILTIN_MODEL, InputError, replace_file
 from critic import PromptCritic
 from log import Log
+from machine import load_tokenizer
 from sppo import TrainConfig
 
 SMALL = ["--engine", "transformers", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8", "--eval-every", "3",
@@ -308,6 +310,17 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_broken(two_checkp
     monkeypatch.setattr(Path, "read_text", fails)
     with pytest.raises(InputError, match="step-00000002: cannot be read now .*Input/output error.*; try again, or delete it"):
         _is_complete(newest)
+
+
+def test_a_critic_of_ones_own_may_be_no_transformer():
+    policy = SimpleNamespace(module=SimpleNamespace(lm=AutoConfigured()))
+    run = SimpleNamespace(policy=policy, tokenizer=load_tokenizer(BUILTIN_MODEL))
+    for module, described in ((torch.nn.Linear(1, 1), {"model"}), (SimpleNamespace(backbone=AutoConfigured()), {"model", "critic_model"})):
+        assert {*models_of(run, SimpleNamespace(critic=SimpleNamespace(module=module)))} == described
+
+
+class AutoConfigured:
+    config = SimpleNamespace(to_json_string=lambda: "{}")
 
 
 def test_a_file_is_replaced_whole(tmp_path):
