@@ -26,8 +26,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from cli import InputError, is_main, say
+from data import digest
 from machine import from_rank_0
-from rollout import reward_code
 
 FORMAT = "sppo checkpoint 3"
 FILE_BYTES = 8 << 30  # about, of all ranks together
@@ -42,9 +42,9 @@ def parts_of(run, baseline):
     return {"policy": run.policy, "baseline": baseline, "in_flight": run.in_flight}
 
 
-def options_of(config):
+def options_of(run):
     """{option: value}, as a checkpoint tells them."""
-    return {**json.loads(json.dumps(dataclasses.asdict(config))), "reward": reward_code(config)}
+    return {**json.loads(json.dumps(dataclasses.asdict(run.config))), "reward": run.verifier.code}
 
 
 def describe(module, tokenizer):
@@ -67,7 +67,8 @@ def models_of(run, baseline):
 def state_of(run, baseline):
     """Everything that the next step depends on, as {name: value}; of a part, {part/name: value}."""
     return {"algorithm": type(baseline).__name__, "seconds": run.clock.total,
-            "options": options_of(run.config), "models": models_of(run, baseline),
+            "options": options_of(run), "models": models_of(run, baseline),
+            "problems": digest(run.problems, run.config),
             **{f"{part}/{name}": value for part, owner in parts_of(run, baseline).items()
                for name, value in owner.state_dict().items()}}
 
@@ -104,7 +105,12 @@ def _trained(output):
 def check_state(baseline):
     """Raises InputError if what a baseline remembers cannot be kept in a checkpoint: now, and not when the
     first one is due."""
-    for name, value in baseline.state_dict().items():
+    state, critic = baseline.state_dict(), baseline.critic
+    of_critic = [*critic.state_dict()] if hasattr(critic, "state_dict") else []
+    if of_critic and not any(name.endswith(of_critic[-1]) for name in state):
+        raise InputError(f"{type(baseline).__name__}.state_dict: leaves out the critic, which --resume would "
+                         "start anew; add what super().state_dict() gives, and call super().load_state_dict")
+    for name, value in state.items():
         try:
             if not isinstance(value, torch.Tensor):
                 json.dumps(value, default=number)
@@ -257,11 +263,13 @@ def resume(run, baseline):
         owner.load_state_dict({name.removeprefix(f"{part}/"): value for name, value in state.items()
                                if name.startswith(f"{part}/")})
     run.clock.total = state["seconds"]
-    options = options_of(c)
+    options = options_of(run)
     changed = [f"--{name.replace('_', '-')} {options[name]} (was {was})"
                for name, was in state["options"].items()
                if name in options.keys() - {"resume", "output"} and options[name] != was]
     say(f"Resuming after step {meta['step']}" + (f", with {', '.join(changed)}" if changed else ""))
+    if state.get("problems", now["problems"]) != now["problems"]:  # older checkpoints do not tell
+        say("The problems, their order or their answers are not those that this run has trained on so far.")
     if options["prompts_per_step"] != state["options"]["prompts_per_step"]:
         say("Step k takes the k-th share of the problems, and the shares have another size now: in this "
             "epoch, some problems come twice or not at all.")

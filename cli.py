@@ -74,6 +74,14 @@ def run_of(model):
     return next((run for run in places if (run / "metrics.jsonl").is_file()), None)
 
 
+def behind(run):
+    """(step of a run's model, the last step in its metrics) if the run went on after the model was saved."""
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):  # an older run; a line half written
+        saved = int((run / "model" / "step").read_text())
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        return (saved, last) if last > saved else None
+
+
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False",
          tuple: "a list of texts"}  # of options, as errors name them
 
@@ -122,8 +130,9 @@ class CommandLine:
         stays = {*self.NOT_INHERITED, *self.MUST_BE_TYPED}
         brought = {name: options[name] for name in missing
                    if name not in stays and options.get(name) is not None}
+        self.usual = {**defaults, **brought}  # {option: what it is unless it is given}
         for name in missing:
-            setattr(self, name, {**defaults, **brought}[name])
+            setattr(self, name, self.usual[name])
         for field in dataclasses.fields(self):
             if getattr(self, field.name) == "" and type(None) in typing.get_args(field.type):
                 setattr(self, field.name, None)
@@ -212,8 +221,20 @@ class CommandLine:
                 allowed = "greater than 0" if positive else "0 or more"
                 allowed += " and finite" if most == math.inf else f" and at most {most}"
                 raise InputError(f"{name} {value}: must be {allowed}")
+        model = getattr(self, "model", None)
+        if model and (run := run_of(model)) and (older := behind(run)):
+            say(f"warning: {run}: its model is of step {older[0]}, but the run has gone on to step "
+                f"{older[1]}; --resume finishes it")
         if self.brought:
             say(f"{run_of(self.model)}: was trained with {self.brought}: these are the defaults here")
+
+
+    def refuse(self, names, why):
+        """Raises InputError if one of these options has been given another value than the usual one, because
+        it would change nothing."""
+        for name in names:
+            if (value := getattr(self, name)) != self.usual[name]:
+                raise InputError(f"--{name.replace('_', '-')} {as_typed(value)}: {why}; leave it out")
 
 
 def as_typed(value):

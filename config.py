@@ -85,6 +85,7 @@ class TrainConfig(CommandLine):
         "replicas", "offload", "resume", "samples", "tensorboard", "wandb", "deterministic", "explain",
         "trust_remote_code")
     MUST_BE_TYPED = ("reward",)
+    OF_CRITICS = ("critic_model", "critic_lr", "critic_minibatch", "critic_warmup")
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
         steps=70, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2.5e-4, lr_decay=0.7,
@@ -112,6 +113,8 @@ class TrainConfig(CommandLine):
                              f"--rollout-correction {self.rollout_correction}")
         if self.rollout_correction and self.explain:
             raise InputError("--explain does not tell what --rollout-correction changes; leave one out")
+        if not self.eval_benchmarks:
+            self.refuse(("eval_samples",), "is for --eval-benchmarks (a held-out problem has one response)")
         if self.eval_benchmarks and not self.eval_every:
             raise InputError(f"--eval-benchmarks {' '.join(self.eval_benchmarks)}: --eval-every 0 never "
                              "evaluates; leave one of them out")

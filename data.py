@@ -11,13 +11,14 @@ import json
 import random
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
 from jinja2 import TemplateError
 
-from cli import BUILTIN_MODEL, InputError, replace_file, say
+from cli import BUILTIN_MODEL, InputError, replace_file, run_of, say
 from machine import first_line, from_rank_0, load_tokenizer
 from reward import last_boxed
 
@@ -84,20 +85,23 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
         file = file_of(spec)
         rows = file_rows(file) if file else hub_rows(spec, fields)
     # DAPO-17k on the hub repeats each problem a hundred times, so rows like earlier ones are not parsed.
-    count, seen, problems, others = 0, set(), {}, 0  # problems: by their messages
+    count, seen, problems, others = 0, set(), {}, 0  # problems: by their text
     for i, row in enumerate(rows):
         count = i + 1
         said = repr([row.get(field) for field in fields] if isinstance(row, dict) else row)
         if said not in seen:
             seen.add(said)
             problem = parse_row(row, i, spec, prompt_field, answer_field, suffix, own_reward)
-            first = problems.setdefault(json.dumps(problem.messages), problem)
+            first = problems.setdefault(bare(problem, suffix), problem)
             others += first.answer != problem.answer
     if not problems:
         raise InputError(f"{spec}: has no problems; {EXPECTED}")
     if len(problems) < count:
         say(f"{spec}: dropped {count - len(problems):,} of {count:,} rows, which repeat earlier ones"
             + (f" ({others:,} of them with another answer than the first, which is kept)" if others else ""))
+    if own_reward and suffix == BOXED_SUFFIX:
+        say(f"{spec}: each prompt asks for an answer in \\boxed{{}}; if your --reward expects another form, "
+            "give a --suffix that asks for it, or --suffix '' for none")
     if boxed and not any("\\boxed" in m["content"] for p in problems.values() for m in p.messages):
         say(f"warning: no prompt of {spec} asks for a \\boxed{{}} answer, and without one a response earns "
             "0; give another --suffix, or --answer any")
@@ -280,15 +284,18 @@ def training_problems(c, tokenizer):
     """(training problems, held-out problems) of a training script's config. Drops problems whose prompt is
     too long for the policy's tokenizer or the critic's."""
     critic = [load_tokenizer(c.critic_model, c.trust_remote_code)] if c.critic_model else []
-    limit, problems = c.max_prompt_tokens, load_problems(c.dataset, **reading(c))
-    fitting = [p for p in problems if all(len(render(p.messages, t)) <= limit for t in [tokenizer, *critic])]
-    if not fitting:
-        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
-    if len(fitting) < len(problems):
-        say(f"{c.dataset}: dropped {len(problems) - len(fitting)} of {len(problems)} problems, whose prompts "
-            f"are longer than --max-prompt-tokens {limit}")
+    tokenizers = [tokenizer, *critic]
+    limit, loaded = c.max_prompt_tokens, load_problems(c.dataset, **reading(c))
     wanted = c.eval_problems if c.eval_every else 0
-    problems, held_out = split(fitting, wanted, c.seed)
+    # Split before any are dropped: so runs with other tokenizers or limits hold out the same ones.
+    parts = split(loaded, wanted, c.seed)
+    problems, held_out = ([p for p in part if all(len(render(p.messages, t)) <= limit for t in tokenizers)]
+                          for part in parts)
+    if not problems:
+        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
+    if dropped := len(loaded) - len(problems) - len(held_out):
+        say(f"{c.dataset}: dropped {dropped} of {len(loaded)} problems, whose prompts are longer than "
+            f"--max-prompt-tokens {limit}")
     if wanted and not held_out:
         say(f"{c.dataset}: has too few problems to hold any out, so no accuracy will be measured")
     if len(problems) < c.prompts_per_step:
@@ -297,40 +304,67 @@ def training_problems(c, tokenizer):
     return problems, held_out
 
 
+def bare(problem, suffix):
+    """A problem's text without what every prompt asks for at its end."""
+    return problem.text.removesuffix(suffix).strip()
+
+
 def marks_of(problems, c):
     """A short text for each problem, the same in whatever file or place it stands. c: the options with which
     it was read."""
-    return [hashlib.sha1(p.text.removesuffix(c.suffix).strip().encode()).hexdigest()[:12] for p in problems]
+    return [hashlib.sha1(bare(p, c.suffix).encode()).hexdigest()[:12] for p in problems]
 
 
-def trained_on(run, held_out, c):
-    """How many of the held-out problems a run (its folder) has trained on."""
-    file = Path(run, "trained.txt")  # older runs have none
-    trained = {*file.read_text().split()} if file.exists() else set()
-    return sum(mark in trained for mark in marks_of(held_out, c))
+def digest(problems, c):
+    """A short text that changes with any row, text or answer of the problems."""
+    rows = [(p.id, mark, p.answer) for p, mark in zip(problems, marks_of(problems, c), strict=True)]
+    return hashlib.sha1(json.dumps(sorted(rows)).encode()).hexdigest()[:12]
 
 
-def write_trained(run, problems, c):
+def check_rows(marks, problems, c):
+    """marks: {row: mark}, as a checkpoint tells them. Raises InputError if a row is another problem now:
+    what was remembered of one would be taken for another's."""
+    now = dict(zip((str(p.id) for p in problems), marks_of(problems, c), strict=True))  # JSON's keys are text
+    other = [row for row, mark in marks.items() if now.get(row, mark) != mark]
+    if other:
+        raise InputError(f"{c.dataset}: row {int(other[0]) + 1} was another problem when the checkpoint was "
+                         "written; continue with the dataset that the run started with")
+
+
+def trained_on(run, problems, c, before=True):
+    """How many of these problems a run (its folder) has trained on; `before`: or a run from whose model it
+    went on, and so on, as far as their folders are still there."""
+    trained, runs = set(), []
+    while run and Path(run).resolve() not in runs:
+        runs.append(Path(run).resolve())
+        file, config = Path(run, "trained.txt"), Path(run, "config.json")  # older runs have no trained.txt
+        trained |= {*file.read_text().split()} if file.exists() else set()
+        run = run_of(json.loads(config.read_text())["model"]) if before and config.exists() else None
+    return sum(mark in trained for mark in marks_of(problems, c))
+
+
+def write_trained(run, problems, c, resumed):
     """Adds the problems that a run (its folder) trains on to those of before, if it was resumed."""
     file = Path(run, "trained.txt")
-    before = file.read_text().split() if c.resume and file.exists() else []
+    before = file.read_text().split() if resumed and file.exists() else []
     replace_file(file, "\n".join(dict.fromkeys([*before, *marks_of(problems, c)])) + "\n")
 
 
-def drop_unverifiable(problems, held_out, verifier, dataset, resumed=None):
+def drop_unverifiable(problems, held_out, verifier, c):
     """Removes from both lists the problems whose gold answer is empty or cannot be read: no response could be
-    marked right. Returns their rows. Raises InputError if these are more than 1 %.
+    marked right. Returns their "rows", and of which problems and reward. Raises InputError if these are more
+    than 1 %.
 
     All ranks call it, and rank 0 decides: a deadline may fall differently on others, and all ranks must train
-    on the same problems. So must a run that is resumed: its folder, `resumed`, tells what was dropped.
+    on the same problems. So must a run that is resumed: its folder tells what was dropped. c: its options.
     """
-    both = problems + held_out
+    both, dataset = problems + held_out, c.dataset
+    mark, own, before = digest(both, c), bool(verifier.reward), Path(c.output, "dropped.json")
 
     def unverifiable():
-        before = Path(resumed or "", "dropped.json")
-        known = json.loads(before.read_text()) if resumed and before.is_file() else {}
-        if known.get("dataset") == dataset and known.get("own_reward") == bool(verifier.reward):
-            return {p.id for p in both} & {*known["rows"]}
+        known = json.loads(before.read_text()) if c.resume and before.is_file() else {}
+        if (known.get("problems"), known.get("own_reward")) == (mark, own):
+            return {*known["rows"]}
         return {both[i].id for i in verifier.unverifiable([p.answer for p in both])}
 
     bad = from_rank_0(unverifiable)
@@ -344,19 +378,15 @@ def drop_unverifiable(problems, held_out, verifier, dataset, resumed=None):
         say(f"{about}; dropped {len(bad)} of {len(both)} problems, to which no answer could be right")
     for part in (problems, held_out):
         part[:] = [p for p in part if p.id not in bad]
-    return bad
+    return {"problems": mark, "own_reward": own, "rows": sorted(bad)}
 
 
-def write_dropped(path, rows, c):
-    """Writes what `drop_unverifiable` returned, for a run that is resumed. c: the run's options."""
-    replace_file(path, json.dumps(dict(dataset=c.dataset, own_reward=bool(c.reward), rows=sorted(rows))))
-
-
-def write_split(problems, held_out, dropped, c):
-    """What eval.py, a resumed run, and a run that goes on from this one's model need to know."""
+def write_split(problems, held_out, dropped, c, resumed):
+    """What eval.py, a resumed run, and a run that goes on from this one's model need to know. dropped: what
+    `drop_unverifiable` returned."""
     write_problems(f"{c.output}/held_out.jsonl", held_out, c)
-    write_dropped(f"{c.output}/dropped.json", dropped, c)
-    write_trained(c.output, problems, c)
+    replace_file(f"{c.output}/dropped.json", json.dumps(dropped))
+    write_trained(c.output, problems, c, resumed)
 
 
 def shuffled_epochs(problems, first, count, seed):
@@ -371,6 +401,9 @@ def shuffled_epochs(problems, first, count, seed):
 
 # ---- from problem to prompt --------------------------------------------------------------------------------
 
+STARTED = datetime.now()  # a template that tells the date has the same prompts from start to end
+
+
 def render(messages, tokenizer):
     """Token ids of the prompt, up to where the response starts. Without a chat template (base
     models): plain text."""
@@ -380,7 +413,8 @@ def render(messages, tokenizer):
             ids.pop()
         return ids
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False,
+                                             strftime_now=STARTED.strftime)
     except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
         raise InputError(f"{tokenizer.name_or_path}: its chat template does not take messages by {roles} "

@@ -24,13 +24,13 @@ import numpy as np
 import torch.distributed as dist
 
 from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, is_main, option, run_of, say
-from data import BOXED_SUFFIX, CHAIN, ENDINGS, load_problems, reading, render
+from data import BOXED_SUFFIX, CHAIN, ENDINGS, load_problems, reading, render, trained_on
 from engines import fingerprint, make_engine
 from equality import equal
 from log import progress
 from machine import check_model, check_ranks, compute_dtype, init_distributed, load_tokenizer
-from reward import MAX_ANSWER_CHARS, extract_answer
-from rollout import make_verifier, reward_code, sample_and_verify, tell_failures
+from reward import MAX_ANSWER_CHARS, Failed, extract_answer
+from rollout import make_verifier, sample_and_verify
 
 # Where each benchmark is on the hub: OWNER/NAME[/CONFIG][:SPLIT].
 BENCHMARKS = {
@@ -141,7 +141,8 @@ def record(benchmark, problem, sample, response, text, reward, mode):
     answer = extract_answer(text, mode) if response.finished else None
     return {"benchmark": benchmark, "problem": problem.id, "sample": sample, "reward": reward,
             "gold": problem.answer, "answer": answer, "tokens": len(response.ids),
-            "finished": response.finished, "question": problem.text, "response": text}
+            "finished": response.finished, "question": problem.text, "response": text,
+            **({"failed": reward.why} if isinstance(reward, Failed) else {})}
 
 
 # ---- the file of an evaluation -----------------------------------------------------------------------------
@@ -300,6 +301,8 @@ def run_evaluation(c):
     c.check()
     tokenizer = load_tokenizer(c.model, c.trust_remote_code)
     problems = [(name, p) for name in dict.fromkeys(c.benchmarks) for p in load_benchmark(name, c)]
+    if seen := trained_on(run_of(c.model), [p for _, p in problems], c):
+        say(f"warning: {c.model} has trained on {seen} of the {len(problems)} problems, and knows them")
     prompts = {(name, p.id): render(p.messages, tokenizer) for name, p in problems}
     # The responses to sample, by the key under which RolloutFile knows them.
     jobs = {(name, p.id, sample): p for name, p in problems for sample in range(c.samples)}
@@ -312,7 +315,8 @@ def run_evaluation(c):
     settings = {"model": c.model, "weights": fingerprint(c.model, tokenizer, c.trust_remote_code)}
     for name in ("temperature", "top_p", "top_k", "max_response_tokens", "answer", "dtype", "seed"):
         settings[name] = getattr(c, name)
-    settings["reward"] = reward_code(c)
+    verifier = make_verifier(c)
+    settings["reward"] = verifier.code
     records = RolloutFile(c.output or f"runs/eval/{(run_of(c.model) or Path(c.model)).name}.jsonl", settings)
     for key, p in jobs.items():
         old = records.done.get(key)
@@ -325,14 +329,14 @@ def run_evaluation(c):
     todo = [job for job in jobs.items() if job[0] not in records.done]
     if len(todo) < len(jobs):
         say(f"{records.path}: {len(jobs) - len(todo):,} of {len(jobs):,} responses are there already.")
-    verifier = make_verifier(c)
     engine = make_engine(c, c.model, tokenizer, device, max_tokens) if todo else None
     if engine:
         sample_all(c, engine, tokenizer, verifier, records, todo, prompts)
-    results = records.finish()
-    tell_failures(verifier)
+    results = [r for key, r in records.finish().items() if key in jobs]
+    if failed := sum("failed" in r for r in results):
+        say(f"warning: {failed} verifications took too long or failed, and their rewards are 0")
     if is_main():
-        report(c, [r for key, r in results.items() if key in jobs], verifier, records.path)
+        report(c, results, verifier, records.path)
     verifier.close()
     if engine:
         engine.close()  # before the process group, which vLLM may end itself

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cli import InputError
-from data import Problem
+from data import Problem, check_rows, marks_of
 from engines import Response
 from rollout import Batch
 
@@ -87,7 +87,9 @@ class InFlight:
 
     def state_dict(self):
         """Values that JSON can hold, for state.json. A problem is known by its row in the dataset."""
-        return {"started": [{**asdict(s), "problem": s.problem.id} for s in self.started]}
+        problems = [s.problem for s in self.started]
+        marks = dict(zip((str(p.id) for p in problems), marks_of(problems, self.config), strict=True))
+        return {"started": [{**asdict(s), "problem": s.problem.id} for s in self.started], "marks": marks}
 
     def load_state_dict(self, state):
         """Restores what `state_dict` returned. Raises InputError if a response no longer fits the options."""
@@ -95,6 +97,7 @@ class InFlight:
         if state["started"] and not self.config.oversample:
             raise InputError(f"the checkpoint has {len(state['started'])} responses in flight, which would "
                              "be lost; give the --oversample that the run had")
+        check_rows(state.get("marks", {}), self.problems.values(), self.config)  # older checkpoints have none
         for saved in state["started"]:
             problem, response = saved["problem"], Response(**saved["response"])
             if problem not in self.problems:

@@ -12,16 +12,18 @@ This file, equality.py and notation.py need nothing of the others: copy the thre
     verifier.close()
 """
 import contextlib
-import importlib.util
+import hashlib
 import inspect
 import json
 import logging
 import os
 import queue
 import re
+import select
 import signal
 import subprocess
 import sys
+import types
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from equality import equal, equal_at_once, plain_number, verifiable
@@ -29,6 +31,7 @@ from equality import equal, equal_at_once, plain_number, verifiable
 MAX_ANSWER_CHARS = 1000  # MATH-500's longest gold answer has 53; past this an answer is an attack or a loop
 MAX_WORKER_BYTES = 4 << 30  # data of a worker: an answer must not eat the machine
 PATIENCE = 10  # wall-clock limit: this many times the limit of processor time
+GRACE = 5  # seconds after twice that limit, until a worker is ended whose reward has stopped its own timers
 IMPORT_SECONDS = 300  # until a worker must have imported everything, on the clock
 WORKER = "SPPO_VERIFIER_WORKER"  # set in the environment of a worker
 WARM_UP = (r"x^{2}+3", "1.5", r"\sqrt{2}", r"\{1,2\}", "(1,2)", "x=1", "1<x<2", r"2\sin(x)", "y=2x+1", "f(x)",
@@ -117,11 +120,17 @@ def verify(response, answer, mode="boxed"):
     return float(bool(candidate) and len(candidate) <= MAX_ANSWER_CHARS and equal(candidate, answer))
 
 
+class Failed(float):
+    """The reward of a response whose verification failed: 0. `why` tells the reason."""
+    why = ""
+
+
 class Verifier:
     """Verifies in `workers` processes; a comparison that takes more than `timeout` seconds of
     processor time scores 0.
 
-    reward: "FILE.py:FUNCTION", a function (response, answer) -> a number in [0, 1], in place of `verify`.
+    reward: "FILE.py:FUNCTION", a function (response, answer) -> a number in [0, 1], in place of `verify`. The
+    file is read once: what is edited later does not count. `code` is its name with a mark of its content.
     mode: as in `extract_answer`. The processes are fresh Python interpreters that import this file, so they
     inherit neither CUDA nor threads. `timeouts`, `crashes` and `errors` (a reward that raised, or that was no
     number in [0, 1]) count the responses that it gave up on; their reward is 0.
@@ -131,7 +140,11 @@ class Verifier:
         if WORKER in os.environ:  # or each worker would start workers without end
             raise RuntimeError("a worker of Verifier imported a script that makes a Verifier at once; put "
                                "what that script runs under `if __name__ == '__main__':`")
-        self.timeout, self.mode, self.reward = timeout, mode, reward
+        self.timeout, self.mode, self.reward, self._source = timeout, mode, reward, None
+        if reward and os.path.isfile(path := reward.rpartition(":")[0]):
+            with open(path, "rb") as file:
+                self._source = file.read()
+        self.code = reward and f"{reward} ({hashlib.sha1(self._source or b'').hexdigest()[:8]})"
         self.timeouts = self.crashes = self.errors = 0
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each waits for a process
         self._idle = queue.SimpleQueue()
@@ -144,6 +157,9 @@ class Verifier:
             [sys.executable, "-c", START, folder, name.removesuffix(".py"), str(self.timeout),
              self.reward or ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True, env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})
+        with contextlib.suppress(BrokenPipeError):
+            source = self._source and self._source.decode("latin-1")  # it takes any bytes
+            print(json.dumps(source), file=worker.stdin, flush=True)
         verdict = json.loads(worker.stdout.readline() or '"it ended while it was imported"')
         if verdict != "ready":
             worker.kill()
@@ -188,18 +204,23 @@ class Verifier:
         return self._threads.submit(self._ask, "equal", answer, gold)
 
     def _ask(self, *request):
-        worker, verdict = self._idle.get(), "crash"
+        worker, verdict, broken = self._idle.get(), "crash", True
         with contextlib.suppress(OSError, ValueError):  # it has been killed, or its reply was cut short
             worker = worker or self._start()
             worker.stdin.write(json.dumps(request) + "\n")
             worker.stdin.flush()
+            # A reward may have stopped the timers that should end it.
+            if not select.select([worker.stdout], [], [], 2 * PATIENCE * self.timeout + GRACE)[0]:
+                worker.send_signal(signal.SIGUSR1)
+                verdict = "timeout"
             verdict = json.loads(worker.stdout.readline())
             if request[0] == "reward" and verdict not in ("timeout", "crash"):
                 worker.stdout.readline()  # that its child has ended
-        if worker and verdict == "crash":
+            broken = verdict == "crash"
+        if worker and broken:
             worker.kill()
             worker.communicate()  # closes its pipes, so that its child ends too
-        self._idle.put(None if verdict == "crash" else worker)  # the next comparison starts another
+        self._idle.put(None if broken else worker)  # the next comparison starts another
         if isinstance(verdict, float):
             return verdict
         self.timeouts += verdict == "timeout"
@@ -209,7 +230,9 @@ class Verifier:
             why = {"timeout": f"it took more than {self.timeout:g} s", "crash": "its process died"}
             print(f"{self.reward}: {why.get(verdict, verdict)}; the reward is 0 (see reward/timeouts, "
                   "reward/crashes, reward/errors)", file=sys.stderr)
-        return 0.0
+        failed = Failed(0)
+        failed.why = verdict
+        return failed
 
     def close(self):
         self._threads.shutdown()
@@ -221,19 +244,19 @@ class Verifier:
 
 # ---- a worker: a process that forks a child, which compares until a timer ends it --------------------------
 
-def _load(reward):
-    """The function of "FILE.py:FUNCTION"."""
+def _load(reward, source):
+    """The function of "FILE.py:FUNCTION", of which `source` is the file's content."""
     path, _, name = reward.rpartition(":")
     if not path:
         raise ValueError("it names no function")
-    if not os.path.isfile(path):
+    if source is None:
         raise FileNotFoundError(f"there is no file {path!r}")
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours,
     for ours in (__name__, "equality", "notation"):
         sys.modules.pop(ours, None)  # also one of the same name as a file of ours
-    spec = importlib.util.spec_from_file_location("reward_of_ones_own", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules["reward_of_ones_own"] = types.ModuleType("reward_of_ones_own")
+    module.__file__ = path
+    exec(compile(source.encode("latin-1"), path, "exec", dont_inherit=True), module.__dict__)
     if not (function := getattr(module, name, None)):
         raise AttributeError(f"{path} has no function {name!r}")
     inspect.signature(function).bind("response", "answer")  # raises TypeError if it takes others
@@ -252,11 +275,17 @@ def _work(timeout, reward):
     logging.disable(logging.WARNING)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no verdict
-    verdict, functions = "ready", {"equal": equal, "verifiable": verifiable}
+    verdict, functions, child = "ready", {"equal": equal, "verifiable": verifiable}, 0
+
+    def end(*_):  # the trainer has waited for too long
+        with contextlib.suppress(OSError):
+            os.killpg(child, signal.SIGKILL)
+        os._exit(1)
+    source = json.loads(sys.stdin.readline() or "null")
     signal.alarm(IMPORT_SECONDS)
     try:
         if reward:
-            functions["reward"] = _load(reward)
+            functions["reward"] = _load(reward, source)
         for form in () if reward else WARM_UP:  # imports everything, and meets the common forms
             equal(form, WARM_UP_GOLD)
     except BaseException as error:
@@ -266,9 +295,11 @@ def _work(timeout, reward):
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_WORKER_BYTES, MAX_WORKER_BYTES))
     with contextlib.suppress(BrokenPipeError):  # the trainer was killed; then stdin ends too
         print(json.dumps(verdict), file=replies, flush=True)
+        signal.signal(signal.SIGUSR1, end)
         while True:
             child = os.fork()
             if not child:
+                signal.signal(signal.SIGUSR1, signal.SIG_DFL)
                 os.setpgid(0, 0)  # a group of its own, with what it starts
                 return _serve(functions, timeout, replies)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

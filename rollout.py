@@ -3,15 +3,13 @@
 `Sampler.sample` renders problems as prompts, has the engines of all ranks write responses, verifies each one
 as soon as it ends, and returns the same Batch on every rank. Training loop, evaluation and baselines use it.
 """
-import hashlib
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cli import InputError, say
+from cli import InputError
 from data import Problem, render
 from engines import Response
 from reward import Verifier, decode
@@ -62,22 +60,6 @@ def make_verifier(c):
     except ValueError as error:
         raise InputError(str(error)) from None
     return verifier
-
-
-def reward_code(c):
-    """--reward with a mark of its file's content, so that an edited function is told from the one before;
-    None for mathematics."""
-    if c.reward:
-        code = Path(c.reward.rpartition(":")[0]).read_bytes()
-        return f"{c.reward} ({hashlib.sha1(code).hexdigest()[:8]})"
-
-
-def tell_failures(verifier):
-    """All ranks. Says how many verifications have failed, if any have."""
-    failed = torch.tensor(verifier.timeouts + verifier.crashes + verifier.errors)
-    dist.all_reduce(failed)
-    if failed:
-        say(f"warning: {failed} verifications took too long or failed, and their rewards are 0")
 
 
 def sample_and_verify(engine, verifier, tokenizer, prompts, answers, **sampling):

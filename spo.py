@@ -15,6 +15,7 @@ import torch
 
 from cli import InputError, clear_errors, option, say
 from critic import value_metrics
+from data import check_rows, marks_of
 from sppo import Baseline, TrainConfig, train
 
 # ---- the mathematics ---------------------------------------------------------------------------------------
@@ -155,11 +156,14 @@ class SPO(Baseline):
         log-probabilities."""
         # Something empty stands first, since there may be no responses yet.
         ids, logprobs = zip((torch.empty(0).int(), torch.empty(0).half()), *self.last.values(), strict=True)
-        return {**self.tracker.state_dict(), "problems": torch.tensor(list(self.last), dtype=torch.int64),
+        rows, marks = map(str, self.ids.tolist()), marks_of(self.run.problems, self.run.config)
+        return {**self.tracker.state_dict(), "marks": dict(zip(rows, marks, strict=True)),
+                "problems": torch.tensor(list(self.last), dtype=torch.int64),
                 "lengths": torch.tensor([len(part) for part in ids[1:]], dtype=torch.int64),
                 "ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}
 
     def load_state_dict(self, state):
+        check_rows(state.get("marks", {}), self.run.problems, self.run.config)  # older checkpoints have none
         self.tracker.load_state_dict(state)
         lengths = state["lengths"].tolist()
         responses = zip(state["ids"].split(lengths), state["logprobs"].split(lengths), strict=True)
@@ -182,8 +186,7 @@ class SPOConfig(TrainConfig):
 
     def check(self):
         super().check()
-        if self.critic_model or self.critic_warmup:
-            raise InputError("--critic-model, --critic-warmup: spo has no critic; leave them out")
+        self.refuse(self.OF_CRITICS, "spo has no critic")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import data
-from cli import InputError, clear_errors, is_main, run_of, say
+from cli import InputError, clear_errors, is_main, replace_file, run_of, say
 from config import TrainConfig
 from critic import PromptCritic, value_metrics
 from engines import make_engine
@@ -133,7 +133,7 @@ class Run:
     tokenizer: object  # the policy's
     problems: list[data.Problem]  # to train on
     held_out: list[data.Problem]  # only evaluated on
-    dropped: set[int]  # rows of the dataset whose gold answer cannot be verified
+    dropped: dict  # the rows of the dataset whose gold answer cannot be verified
     benchmarks: dict[str, list[data.Problem]]  # of --eval-benchmarks
     verifier: Verifier  # response, gold answer -> reward
     policy: Policy  # the model that is trained
@@ -380,7 +380,7 @@ def run_training(c, make_baseline, closing):
     problems, held_out = from_rank_0(lambda: data.training_problems(c, tokenizer))
     benchmarks = load_eval_benchmarks(c, tokenizer)  # for --eval-benchmarks
     c.dtype = compute_dtype(c.dtype, device)
-    dropped = data.drop_unverifiable(problems, held_out, verifier, c.dataset, c.resume and c.output)
+    dropped = data.drop_unverifiable(problems, held_out, verifier, c)
     seed_torch(c.seed, c.deterministic)
     policy = Policy(c.model, device, temperature=c.temperature, **c.training_options())
     policy.check_rows(c.model, c.max_prompt_tokens + c.max_response_tokens)
@@ -421,7 +421,7 @@ def begin(run, baseline):
         nonlocal log
         log = Log(c, step)
         if is_main():  # eval.py evaluates the trained model on what was held out here
-            data.write_split(run.problems, run.held_out, run.dropped, c)
+            data.write_split(run.problems, run.held_out, run.dropped, c, resumed=step > 0)
 
     if error := checkpoint.first_disk_error(lock):
         raise InputError(f"{c.output}: {error}")
@@ -431,7 +431,7 @@ def begin(run, baseline):
     if step and own == [True, False] and not baseline.critic:
         say(f"warning: {type(baseline).__name__} has no `state_dict`, so what `update` had learned is lost")
     earlier = c.output if step else run_of(c.model)  # a run that trained this policy
-    seen = from_rank_0(lambda: data.trained_on(earlier, run.held_out, c)) if earlier else 0
+    seen = from_rank_0(lambda: data.trained_on(earlier, run.held_out, c, before=not step)) if earlier else 0
     if seen:
         about = (f"{earlier}: has trained on {seen} of the {len(run.held_out)} problems that would be held "
                  "out now; give the --seed, --eval-problems and --max-prompt-tokens that it had")
@@ -454,13 +454,13 @@ def finish(run, log):
     def complete():
         if is_main():
             run.tokenizer.save_pretrained(partial)
+            replace_file(f"{partial}/step", f"{log.step}")  # a run that goes on is ahead of its model
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(partial, folder)
 
     if log.step == c.steps:
-        first_disk_error = checkpoint.first_disk_error
-        error = (first_disk_error(log.sync) or first_disk_error(lambda: run.policy.save(partial))
-                 or first_disk_error(complete))
+        actions = log.sync, lambda: run.policy.save(partial), complete
+        error = next(filter(None, map(checkpoint.first_disk_error, actions)), None)
         if error:
             advice = ("make room, and run the same command with --resume" if checkpoint.existing(c.output)
                       else "there is no checkpoint: this training is lost")

@@ -65,7 +65,11 @@ def test_help_explains_every_option(script):
 @pytest.mark.parametrize("command, message", [
     (["grpo.py", "--group-size", "1"], "--group-size 1: the samples are compared; give 2 or more"),
     (["grpo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: grpo compares the responses"),
-    (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has none"),
+    (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has no critic"),
+    (["grpo.py", "--critic-lr", "1e-2"], "--critic-lr 0.01: grpo has no critic; leave it out"),
+    (["grpo.py", "--baseline", "remax", "--group-size", "4"], "remax has one response per prompt"),
+    (["grpo.py", "--baseline", "rloo", "--no-normalize"], "--normalize False: only grpo divides"),
+    (["spo.py", "--eval-samples", "4"], "--eval-samples 4: is for --eval-benchmarks"),
     (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
     (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: PPO needs finished responses"),

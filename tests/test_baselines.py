@@ -184,7 +184,7 @@ class FakePolicy:
 
 def spo_with(problems, **config):
     return SPO(SimpleNamespace(problems=problems, held_out=[], policy=FakePolicy(),
-                               config=SimpleNamespace(seed=0, init_samples=0, **config)))
+                               config=SimpleNamespace(seed=0, init_samples=0, suffix="", **config)))
 
 
 def batch_of(problems, rewards):
@@ -221,7 +221,7 @@ def test_spo_draws_uncertain_problems_more_often_and_the_same_ones_on_every_rank
 
 
 def test_spo_survives_a_checkpoint(tmp_path):
-    problems = [Problem(i, (), "") for i in range(6)]
+    problems = [Problem(i, ({"content": f"{i}?"},), "") for i in range(6)]
     spo = spo_with(problems)
     batch = batch_of(problems, [1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
     spo.advantages(batch)
@@ -236,6 +236,10 @@ def test_spo_survives_a_checkpoint(tmp_path):
     assert [p.id for p in spo.next_problems(12, 4)] == [p.id for p in resumed.next_problems(12, 4)]
     with pytest.raises(InputError, match="tracks 6 problems and the dataset has 3"):
         spo_with(problems[:3]).load_state_dict(spo.state_dict())
+    # A dataset of as many problems in another order: what is known of one would be taken for another's.
+    changed = [*problems[:4], *(Problem(i, problems[9 - i].messages, "") for i in (4, 5))]
+    with pytest.raises(InputError, match="sums.jsonl: row 5 was another problem"):
+        spo_with(changed, dataset="sums.jsonl").load_state_dict(spo.state_dict())
 
 
 def test_the_tracker_is_no_slower_with_a_hundred_thousand_prompts():

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import complaint
@@ -52,6 +53,12 @@ def test_a_trained_model_brings_its_runs_options_and_what_is_typed_has_precedenc
     assert (chain.benchmarks, chain.top_p, chain.temperature) == (("chain",), 1.0, 1.0)
     own = EvalConfig(model=finished_run(tmp_path / "own", model=BUILTIN_MODEL, dataset="my.csv"))
     assert own.top_p == 1.0  # the built-in model on other problems
+    Path(chain.model, "step").write_text("20")
+    for step, older in (20, False), (30, True):  # the run was resumed, and has not ended yet
+        Path(chain.model).with_name("metrics.jsonl").write_text(f'{{"step": 0}}\n{{"step": {step}}}\n')
+        capsys.readouterr()
+        CommandLine.check(chain)
+        assert ("its model is of step 20, but the run has gone on to step 30; --resume" in capsys.readouterr().out) == older
     coded = finished_run(tmp_path / "coded", reward="mine.py:score")
     with pytest.raises(InputError, match="was trained with --reward mine.py:score; type it again, because it runs code"):
         EvalConfig(model=coded)

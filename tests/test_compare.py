@@ -27,7 +27,8 @@ def test_compare(tmp_path, capsys):
     main([a, b])
     printed = capsys.readouterr().out
     row, = (text.split() for text in printed.splitlines() if text.startswith("b  "))
-    assert row[:5] == ["b", "3", "66.7", "58.3", "-8.3"] and "warning" not in printed
+    assert row[:5] == ["b", "3", "66.7", "58.3", "-8.3"]
+    assert f"warning: 1 problems of these benchmarks are in {b} alone, and are left out" in printed and printed.count("warning") == 1
     title = "(at least half of the samples): 1\n  b "
     assert f"wrong in A, right in B {title}    0  0.25 -> 0.75  question 0" in printed
     assert f"right in A, wrong in B {title}    2  0.75 -> 0.00  question 2" in printed

@@ -10,6 +10,7 @@ import data
 from cli import BUILTIN_MODEL, InputError
 from data import (
     BOXED_SUFFIX,
+    digest,
     drop_unverifiable,
     load_problems,
     load_tokenizer,
@@ -17,7 +18,6 @@ from data import (
     split,
     trained_on,
     training_problems,
-    write_dropped,
     write_problems,
     write_trained,
 )
@@ -106,17 +106,39 @@ def test_numbers_in_tables_are_what_was_written(tmp_path):
 
 def test_what_a_run_has_trained_on_is_known_by_its_text(tmp_path):
     """Not by the file's name, nor by its row; also after the run was resumed with other problems."""
-    c = types.SimpleNamespace(suffix="Now!", resume=True)
+    c = types.SimpleNamespace(suffix="Now!")
     ours = [load_problems(write(tmp_path / f"{name}.jsonl", rows), suffix="Now!") for name, rows in (("a", ROWS), ("b", ROWS[::-1]))]
     assert trained_on(tmp_path, ours[1], c) == 0
-    write_trained(tmp_path, ours[0][:1], c)
+    write_trained(tmp_path, ours[0][:1], c, resumed=True)
     assert trained_on(tmp_path, ours[1], c) == 1
-    write_trained(tmp_path, ours[0][1:], c)
+    write_trained(tmp_path, ours[0][1:], c, resumed=True)
     assert trained_on(tmp_path, ours[1], c) == 2
-    c = types.SimpleNamespace(suffix="Then!", resume=False)
-    assert trained_on(tmp_path, load_problems(str(tmp_path / "b.jsonl"), suffix="Then!"), c) == 2
-    write_trained(tmp_path, ours[0][1:], c)
+    then = types.SimpleNamespace(suffix="Then!")
+    assert trained_on(tmp_path, load_problems(str(tmp_path / "b.jsonl"), suffix="Then!"), then) == 2
+    # So is what the run has trained on from whose model this one goes on.
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "next").mkdir()
+    (tmp_path / "next" / "config.json").write_text(json.dumps({"model": f"{tmp_path}/model"}))
+    assert trained_on(tmp_path / "next", ours[1], c) == 2 and trained_on(tmp_path / "next", ours[1], c, before=False) == 0
+    write_trained(tmp_path, ours[0][1:], c, resumed=False)
     assert trained_on(tmp_path, ours[1], c) == 1
+
+
+def test_the_same_problems_are_held_out_whatever_is_too_long(tmp_path):
+    rows = [{"problem": f"{i} + " * (1 + i % 7), "answer": "2"} for i in range(100)]
+    config = types.SimpleNamespace(dataset=write(tmp_path / "x.jsonl", rows), critic_model=None, prompt_field=None, answer_field=None, suffix="",
+                                   answer="any", reward=None, eval_problems=20, eval_every=1, seed=0, prompts_per_step=4)
+    parts = []
+    for config.max_prompt_tokens in (999, 20):
+        parts.append([{p.id for p in part} for part in training_problems(config, load_tokenizer(BUILTIN_MODEL))])
+    assert all(0 < len(short) < len(all_) and short < all_ for all_, short in zip(*parts, strict=True))
+
+
+def test_a_template_that_tells_the_time_gives_the_same_prompt_all_along():
+    tokenizer = load_tokenizer(BUILTIN_MODEL)
+    tokenizer.chat_template = "{{ strftime_now('%f') }}{{ messages[0]['content'] }}"
+    (problem,) = load_problems("chain:1")
+    assert render(problem.messages, tokenizer) == render(problem.messages, tokenizer)
 
 
 @pytest.mark.parametrize("spec, message", [
@@ -146,6 +168,8 @@ def test_duplicates_are_dropped_aloud_and_ids_are_rows(tmp_path, capsys):
     rows = [{"problem": f"{i // 2}?", "answer": "2"} for i in range(6)]
     assert [p.id for p in load_problems(write(tmp_path / "x.jsonl", rows))] == [0, 2, 4]
     assert "x.jsonl: dropped 3 of 6 rows, which repeat earlier ones\n" in capsys.readouterr().out
+    rows = [{"problem": f"{space}{i}?{space}", "answer": "2"} for i in range(3) for space in ("", "\n")]
+    assert [p.id for p in load_problems(write(tmp_path / "x.jsonl", rows), suffix="", own_reward=True)] == [0, 2, 4]
     # The policy cannot tell them apart, and one could be held out while the other is trained on.
     rows = [{"problem": "1?", "answer": answer} for answer in "1221"]
     assert [p.answer for p in load_problems(write(tmp_path / "x.jsonl", rows))] == ["1"]
@@ -225,15 +249,17 @@ def test_gold_answers_to_which_nothing_could_be_right_are_dropped_or_refused(tmp
     for bad in ("", "proof", "First we add 1 and 1. The sum is 2, as one sees."):
         rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(150)] + [{"problem": "a?", "answer": bad}]
         problems, verifier = load_problems(write(tmp_path / "x.jsonl", rows)), Verifier(1)
-        drop_unverifiable(problems, [], verifier, "x.jsonl")
+        c = types.SimpleNamespace(dataset="x.jsonl", output=tmp_path, resume=False, suffix=BOXED_SUFFIX)
+        mark = digest(problems, c)
+        assert drop_unverifiable(problems, [], verifier, c) == {"problems": mark, "own_reward": False, "rows": [150]}
         assert [p.id for p in problems] == [*range(150)]
-        for reward, left_out in ("f.py:f", {150}), (None, {7}):  # a resumed run leaves out what it did before, if it judges alike
-            write_dropped(tmp_path / "dropped.json", {7}, types.SimpleNamespace(dataset="x.jsonl", reward=reward))
-            assert drop_unverifiable(load_problems(str(tmp_path / "x.jsonl")), [], verifier, "x.jsonl", tmp_path) == left_out
-        for dataset, dropped in ("x.jsonl", {7}), ("y.jsonl", {150}):
-            assert drop_unverifiable(load_problems(str(tmp_path / "x.jsonl")), [], verifier, dataset, tmp_path) == dropped
+        c.resume = True  # it leaves out what it did before, if it judges the same problems alike
+        for known, left_out in ({}, [7]), ({"own_reward": True}, [150]), ({"problems": "others"}, [150]):
+            before = {"problems": mark, "own_reward": False, "rows": [7]} | known
+            (tmp_path / "dropped.json").write_text(json.dumps(before))
+            assert drop_unverifiable(load_problems(str(tmp_path / "x.jsonl")), [], verifier, c)["rows"] == left_out
         with pytest.raises(InputError, match="x.jsonl, row 151: .* cannot be read as mathematics"):
-            drop_unverifiable(load_problems(write(tmp_path / "x.jsonl", rows))[60:], [], verifier, "x.jsonl")
+            drop_unverifiable(load_problems(write(tmp_path / "x.jsonl", rows))[60:], [], verifier, c)
         verifier.close()
 
 
@@ -271,7 +297,7 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_text():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
-@pytest.mark.parametrize("name, count", [("aime24.jsonl", 30), ("math500.parquet", 500), ("dapo-math-17k.parquet", 17396)])  # but for a blank in front, two repeat others
+@pytest.mark.parametrize("name, count", [("aime24.jsonl", 30), ("math500.parquet", 500), ("dapo-math-17k.parquet", 17255)])  # 143 repeat others, 141 of them but for blanks
 def test_real_problems(name, count):
     problems = load_problems(str(SHARED / "data" / name))
     assert len(problems) == count

@@ -138,12 +138,13 @@ def test_a_few_gold_answers_that_nobody_can_match_are_dropped_aloud(capsys):
     broken = [problems[7].__class__(p.id, p.messages, "\\frac{" if p.id == 7 else p.answer) for p in problems]
     verifier = Verifier(1, 2.0)
     training, held_out = broken[:400], broken[400:]
-    drop_unverifiable(training, held_out, verifier, "x.jsonl")
+    c = SimpleNamespace(dataset="x.jsonl", output="", resume=False, suffix="")
+    drop_unverifiable(training, held_out, verifier, c)
     assert [p.id for p in training + held_out] == [p.id for p in problems if p.id != 7]
     printed = capsys.readouterr().out
     assert "x.jsonl, row 8: the answer '\\\\frac{' cannot be read as mathematics; dropped 1 of" in printed
     with pytest.raises(InputError, match=r"x.jsonl, row 8: .* \(as in 1 of 50 rows\); correct or remove"):
-        drop_unverifiable(broken[:50], [], verifier, "x.jsonl")
+        drop_unverifiable(broken[:50], [], verifier, c)
     verifier.close()
 
 

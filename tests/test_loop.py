@@ -1,4 +1,5 @@
 """The parts of the loop that every algorithm relies on, with a fake engine."""
+import dataclasses
 import random
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -154,9 +155,13 @@ def test_what_is_in_flight_survives_a_checkpoint(monkeypatch):
         shorter.in_flight.load_state_dict(run.in_flight.state_dict())
     for (one, _, _), (other, _, _) in zip(resumed.steps(5, 10), run.steps(5, 10), strict=True):
         assert one.responses == other.responses and torch.equal(one.expected, other.expected)
-    resumed.in_flight.problems = {i: resumed.in_flight.problems[i] for i in range(3)}
     run = FakeRun(lengths, oversample=2.0)
     run.steps(1, 2)
+    # Another order of the rows: an answer would be compared with another problem's.
+    resumed.in_flight.problems = {i: dataclasses.replace(run.problems[i - 1], id=i) for i in range(40)}
+    with pytest.raises(InputError, match=r"row \d+ was another problem when the checkpoint was written"):
+        resumed.in_flight.load_state_dict(run.in_flight.state_dict())
+    resumed.in_flight.problems = {i: run.problems[i] for i in range(3)}
     with pytest.raises(InputError, match="which the dataset lacks"):
         resumed.in_flight.load_state_dict(run.in_flight.state_dict())
 
@@ -185,6 +190,13 @@ def test_what_a_new_baseline_gives_is_checked():
         checked_advantages(new, batch)
     for new.state in {}, {"mean": 0.5, "seen": [1, 2], "weights": torch.zeros(3)}, {"mean": np.float32(0.5)}:
         check_state(new)
+    new.critic = SimpleNamespace(state_dict=lambda: {"updates": 1, "head/weight": torch.zeros(3)})
+    for new.state in {"updates": 1, "head/weight": torch.zeros(3), "own": 1}, {"critic/updates": 1, "critic/head/weight": 2}:
+        check_state(new)
+    new.state = {"own": 1}
+    with pytest.raises(InputError, match="New.state_dict: leaves out the critic, which --resume would start anew"):
+        check_state(new)
+    new.critic = None
     for new.state in {"mean": np.zeros(3)}, {"net": {"weight": torch.zeros(3)}}, {"run": object()}:
         with pytest.raises(InputError, match="New.state_dict: '(mean|net|run)' cannot be kept in a checkpoint"):
             check_state(new)

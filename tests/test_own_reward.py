@@ -92,6 +92,37 @@ def half(response, answer):
     verifier.close()
 
 
+def test_it_may_stop_the_timers_but_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("reward.GRACE", 0)
+    (tmp_path / "own.py").write_text("""import signal, time
+def half(response, answer):
+    signal.alarm(9)
+    signal.alarm(0)
+    time.sleep(600 if response == "waits" else 0)
+    return 0.5
+""")
+    verifier = Verifier(1, timeout=0.1, reward=f"{tmp_path}/own.py:half")
+    assert verifier.score(["here", "waits", "here"], [""] * 3) == [0.5, 0.0, 0.5]
+    assert (verifier.timeouts, verifier.crashes, verifier.errors) == (1, 0, 0)
+    verifier.close()
+
+
+def test_a_file_that_is_edited_or_lost_while_it_is_used_stays_as_it_was(module):
+    text = "# coding: latin-1\ndef half(response, answer):\n    return {} * (response == 'Möbius')\n"
+    module.write_text(text.format(0.5), encoding="latin-1")
+    verifier, mark = Verifier(1, reward=f"{module}:half"), Verifier(1, reward=f"{module}:half").code
+    assert verifier.score(["Möbius"], [""]) == [0.5] and verifier.code == mark != f"{module}:half"
+    module.write_text(text.format(0.25), encoding="latin-1")
+    assert Verifier(1, reward=f"{module}:half").code != mark == verifier.code
+    module.unlink()
+    worker = verifier._idle.get()
+    worker.kill()
+    verifier._idle.put(worker)
+    scores = verifier.score(["Möbius"] * 3, [""] * 3)  # its child may answer once more; then a new process does
+    assert scores[2] == 0.5 and {*scores} == {0.0, 0.5} and verifier.crashes == 1
+    verifier.close()
+
+
 def test_the_first_that_takes_too_long_is_said(module, capfd):
     verifier = Verifier(1, timeout=0.2, reward=f"{module}:bad")
     assert verifier.score(["never", "never"], ["", ""]) == [0.0, 0.0]
@@ -203,6 +234,9 @@ def test_an_evaluation_tells_how_many_verifications_failed(module, tmp_path):
     done = run("eval.py", "--reward", f"{module}:bad", "--benchmarks", tmp_path / "p.jsonl", "--samples", "2", "--output",
                tmp_path / "e.jsonl", "--engine", "transformers")
     assert done.returncode == 0 and "warning: 2 verifications took too long or failed" in done.stdout, done.stderr
+    again = run("eval.py", "--reward", f"{module}:bad", "--benchmarks", tmp_path / "p.jsonl", "--samples", "2", "--output",
+                tmp_path / "e.jsonl", "--engine", "transformers")  # all responses are there already
+    assert "warning: 2 verifications took too long or failed" in again.stdout, again.stderr
 
 
 def test_suffix_and_answers_of_any_kind(tmp_path):

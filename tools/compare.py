@@ -47,6 +47,11 @@ def compare(first, second):
     if any(r["question"] != questions.get(key[:2], r["question"]) for key, r in b.items()):
         raise InputError(f"{first} and {second}: have different problems under the same number; they "
                          "cannot be compared")
+    common, shared = {*both}, {benchmark for benchmark, _ in both}
+    for path, mean in ((first, mean_a), (second, mean_b)):
+        if alone := sum(key[0] in shared and key not in common for key in mean):
+            say(f"warning: {alone} problems of these benchmarks are in {path} alone, and are left out. If "
+                "the other evaluation was stopped, it has the short responses: run its command again")
     say(f"A {first}\nB {second}\n")
     say(f"{'benchmark':<20} problems       A       B   B - A  95 % interval, paired")
     differences = []
