@@ -229,12 +229,11 @@ class CommandLine:
             say(f"{run_of(self.model)}: was trained with {self.brought}: these are the defaults here")
 
 
-    def refuse(self, names, why):
-        """Raises InputError if one of these options has been given another value than the usual one, because
-        it would change nothing."""
+    def tell_unused(self, names, why):
+        """Says which of these options, that change nothing here, have another value than the usual one."""
         for name in names:
             if (value := getattr(self, name)) != self.usual[name]:
-                raise InputError(f"--{name.replace('_', '-')} {as_typed(value)}: {why}; leave it out")
+                say(f"warning: --{name.replace('_', '-')} {as_typed(value)} changes nothing: {why}")
 
 
 def as_typed(value):

@@ -114,7 +114,7 @@ class TrainConfig(CommandLine):
         if self.rollout_correction and self.explain:
             raise InputError("--explain does not tell what --rollout-correction changes; leave one out")
         if not self.eval_benchmarks:
-            self.refuse(("eval_samples",), "is for --eval-benchmarks (a held-out problem has one response)")
+            self.tell_unused(("eval_samples",), "it is for --eval-benchmarks")
         if self.eval_benchmarks and not self.eval_every:
             raise InputError(f"--eval-benchmarks {' '.join(self.eval_benchmarks)}: --eval-every 0 never "
                              "evaluates; leave one of them out")

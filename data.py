@@ -413,8 +413,9 @@ def render(messages, tokenizer):
             ids.pop()
         return ids
     try:
+        clock = {"strftime_now": STARTED.strftime} if "strftime_now" in tokenizer.chat_template else {}
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False,
-                                             strftime_now=STARTED.strftime)
+                                             **clock)
     except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
         raise InputError(f"{tokenizer.name_or_path}: its chat template does not take messages by {roles} "

@@ -118,11 +118,11 @@ class GRPOConfig(TrainConfig):
         if self.oversample:
             raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a "
                              "prompt, so it must wait for all of them; leave it out")
-        self.refuse(self.OF_CRITICS, f"{self.baseline} has no critic")
+        self.tell_unused(self.OF_CRITICS, f"{self.baseline} has no critic")
         if self.baseline == "remax":
-            self.refuse(("group_size",), "remax has one response per prompt, and the greedy one")
+            self.tell_unused(("group_size",), "remax has one response per prompt")
         if self.baseline != "grpo":
-            self.refuse(("normalize",), "only grpo divides")
+            self.tell_unused(("normalize",), "only grpo divides")
 
 
 if __name__ == "__main__":

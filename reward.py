@@ -142,9 +142,10 @@ class Verifier:
                                "what that script runs under `if __name__ == '__main__':`")
         self.timeout, self.mode, self.reward, self._source = timeout, mode, reward, None
         if reward and os.path.isfile(path := reward.rpartition(":")[0]):
-            with open(path, "rb") as file:
+            with open(path, encoding="latin-1", newline="") as file:  # any bytes, which it gives back
                 self._source = file.read()
-        self.code = reward and f"{reward} ({hashlib.sha1(self._source or b'').hexdigest()[:8]})"
+        mark = hashlib.sha1((self._source or "").encode("latin-1")).hexdigest()
+        self.code = reward and f"{reward} ({mark[:8]})"
         self.timeouts = self.crashes = self.errors = 0
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")  # each waits for a process
         self._idle = queue.SimpleQueue()
@@ -158,8 +159,7 @@ class Verifier:
              self.reward or ""], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True, env={**os.environ, WORKER: "1", "CUDA_VISIBLE_DEVICES": ""})
         with contextlib.suppress(BrokenPipeError):
-            source = self._source and self._source.decode("latin-1")  # it takes any bytes
-            print(json.dumps(source), file=worker.stdin, flush=True)
+            print(json.dumps(self._source), file=worker.stdin, flush=True)
         verdict = json.loads(worker.stdout.readline() or '"it ended while it was imported"')
         if verdict != "ready":
             worker.kill()

@@ -186,7 +186,7 @@ class SPOConfig(TrainConfig):
 
     def check(self):
         super().check()
-        self.refuse(self.OF_CRITICS, "spo has no critic")
+        self.tell_unused(self.OF_CRITICS, "spo has no critic")
 
 
 if __name__ == "__main__":

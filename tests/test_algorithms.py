@@ -6,7 +6,9 @@ import re
 import pytest
 from conftest import ROOT, complaint, metrics, run
 
-from sppo import train
+from grpo import GRPOConfig
+from spo import SPOConfig
+from sppo import TrainConfig, train
 
 QUICK = ["--engine", "transformers", "--steps", "2", "--prompts-per-step", "8", "--minibatch", "4", "--eval-problems", "8",
          "--dataset", "chain:100", "--max-response-tokens", "64"]
@@ -62,15 +64,22 @@ def test_help_explains_every_option(script):
         assert len(field.metadata["help"].splitlines()) == 1
 
 
+@pytest.mark.parametrize("config, options, told", [
+    (GRPOConfig, dict(baseline="remax", critic_model=str(ROOT / "builtin")), "--critic-model {} changes nothing: remax has no critic"),
+    (GRPOConfig, dict(critic_lr=0.01), "--critic-lr 0.01 changes nothing: grpo has no critic"),
+    (GRPOConfig, dict(baseline="remax", group_size=4), "--group-size 4 changes nothing: remax has one response per prompt"),
+    (GRPOConfig, dict(baseline="rloo", normalize=False), "--normalize False changes nothing: only grpo divides"),
+    (SPOConfig, dict(critic_warmup=3), "--critic-warmup 3 changes nothing: spo has no critic"),
+    (TrainConfig, dict(eval_samples=4), "--eval-samples 4 changes nothing: it is for --eval-benchmarks"), (GRPOConfig, {}, None)])
+def test_options_that_change_nothing_are_told(config, options, told, tmp_path, capsys):
+    config(output=str(tmp_path / "out"), **options).check()
+    printed = capsys.readouterr().out
+    assert printed == (f"warning: {told.format(ROOT / 'builtin')}\n" if told else "")
+
+
 @pytest.mark.parametrize("command, message", [
     (["grpo.py", "--group-size", "1"], "--group-size 1: the samples are compared; give 2 or more"),
     (["grpo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: grpo compares the responses"),
-    (["grpo.py", "--baseline", "remax", "--critic-model", str(ROOT / "builtin")], "remax has no critic"),
-    (["grpo.py", "--critic-lr", "1e-2"], "--critic-lr 0.01: grpo has no critic; leave it out"),
-    (["grpo.py", "--baseline", "remax", "--group-size", "4"], "remax has one response per prompt"),
-    (["grpo.py", "--baseline", "rloo", "--no-normalize"], "--normalize False: only grpo divides"),
-    (["spo.py", "--eval-samples", "4"], "--eval-samples 4: is for --eval-benchmarks"),
-    (["spo.py", "--critic-model", str(ROOT / "builtin")], "spo has no critic"),
     (["spo.py", "--init-samples", "-1"], "--init-samples -1: must be 0 or more"),
     (["ppo.py", "--oversample", "1", "--old-logprobs", "rollout"], "--oversample 1.0: PPO needs finished responses"),
     (["ppo.py", "--critic-warmup", "3", "--steps", "3"], "--critic-warmup 3: with --steps 3 the policy would never be trained"),
