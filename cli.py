@@ -233,7 +233,8 @@ class CommandLine:
         """Says which of these options, that change nothing here, have another value than the usual one."""
         for name in names:
             if (value := getattr(self, name)) != self.usual[name]:
-                say(f"warning: --{name.replace('_', '-')} {as_typed(value)} changes nothing: {why}")
+                typed = f"no-{name}" if value is False else f"{name.replace('_', '-')} {as_typed(value)}"
+                say(f"warning: --{typed} changes nothing: {why}")
 
 
 def as_typed(value):

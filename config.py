@@ -85,7 +85,6 @@ class TrainConfig(CommandLine):
         "replicas", "offload", "resume", "samples", "tensorboard", "wandb", "deterministic", "explain",
         "trust_remote_code")
     MUST_BE_TYPED = ("reward",)
-    OF_CRITICS = ("critic_model", "critic_lr", "critic_minibatch", "critic_warmup")
     # For the built-in model: with 360k parameters it needs other settings than one of 1.5 billion.
     BUILTIN = dict(
         steps=70, prompts_per_step=128, minibatch=64, critic_minibatch=16, lr=2.5e-4, lr_decay=0.7,
@@ -137,6 +136,12 @@ class TrainConfig(CommandLine):
         if self.critic_model:
             check_model(self.critic_model, prompt, trust, "--max-prompt-tokens")
             skeleton("AutoModel", self.critic_model, trust)
+
+    def without_critic(self, algorithm):
+        """For an algorithm that has none: the critic's options change nothing."""
+        names = "critic_model", "critic_lr", "critic_minibatch", "critic_warmup"
+        self.tell_unused(names, f"{algorithm} has no critic")
+        self.critic_model, self.critic_warmup = None, 0
 
     def training_options(self):
         """The keyword arguments of `ShardedModel` for the policy."""

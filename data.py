@@ -3,6 +3,7 @@
 `load_problems(spec)` reads the built-in task, a file (JSON, CSV or parquet), or a dataset on the hub.
 Whatever the source, a problem is a list of chat messages and a gold answer.
 """
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -99,9 +100,6 @@ def load_problems(spec, prompt_field=None, answer_field=None, suffix=BOXED_SUFFI
     if len(problems) < count:
         say(f"{spec}: dropped {count - len(problems):,} of {count:,} rows, which repeat earlier ones"
             + (f" ({others:,} of them with another answer than the first, which is kept)" if others else ""))
-    if own_reward and suffix == BOXED_SUFFIX:
-        say(f"{spec}: each prompt asks for an answer in \\boxed{{}}; if your --reward expects another form, "
-            "give a --suffix that asks for it, or --suffix '' for none")
     if boxed and not any("\\boxed" in m["content"] for p in problems.values() for m in p.messages):
         say(f"warning: no prompt of {spec} asks for a \\boxed{{}} answer, and without one a response earns "
             "0; give another --suffix, or --answer any")
@@ -288,16 +286,16 @@ def training_problems(c, tokenizer):
     limit, loaded = c.max_prompt_tokens, load_problems(c.dataset, **reading(c))
     wanted = c.eval_problems if c.eval_every else 0
     # Split before any are dropped: so runs with other tokenizers or limits hold out the same ones.
-    parts = split(loaded, wanted, c.seed)
     problems, held_out = ([p for p in part if all(len(render(p.messages, t)) <= limit for t in tokenizers)]
-                          for part in parts)
+                          for part in split(loaded, wanted, c.seed))
     if not problems:
-        raise InputError(f"{c.dataset}: every prompt is longer than --max-prompt-tokens {limit}; raise it")
+        raise InputError(f"{c.dataset}: every prompt to train on is longer than --max-prompt-tokens {limit}; "
+                         "raise it")
     if dropped := len(loaded) - len(problems) - len(held_out):
         say(f"{c.dataset}: dropped {dropped} of {len(loaded)} problems, whose prompts are longer than "
             f"--max-prompt-tokens {limit}")
     if wanted and not held_out:
-        say(f"{c.dataset}: has too few problems to hold any out, so no accuracy will be measured")
+        say(f"{c.dataset}: has too few problems that fit to hold any out, so no accuracy will be measured")
     if len(problems) < c.prompts_per_step:
         say(f"{c.dataset}: has {len(problems)} problems to train on, so each step of --prompts-per-step "
             f"{c.prompts_per_step} has some of them more than once")
@@ -328,7 +326,7 @@ def check_rows(marks, problems, c):
     other = [row for row, mark in marks.items() if now.get(row, mark) != mark]
     if other:
         raise InputError(f"{c.dataset}: row {int(other[0]) + 1} was another problem when the checkpoint was "
-                         "written; continue with the dataset that the run started with")
+                         "written; continue with the dataset and the --suffix that the run started with")
 
 
 def trained_on(run, problems, c, before=True):
@@ -339,7 +337,9 @@ def trained_on(run, problems, c, before=True):
         runs.append(Path(run).resolve())
         file, config = Path(run, "trained.txt"), Path(run, "config.json")  # older runs have no trained.txt
         trained |= {*file.read_text().split()} if file.exists() else set()
-        run = run_of(json.loads(config.read_text())["model"]) if before and config.exists() else None
+        run = None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            run = before and run_of(json.loads(config.read_text())["model"])
     return sum(mark in trained for mark in marks_of(problems, c))
 
 
@@ -413,7 +413,7 @@ def render(messages, tokenizer):
             ids.pop()
         return ids
     try:
-        clock = {"strftime_now": STARTED.strftime} if "strftime_now" in tokenizer.chat_template else {}
+        clock = {"strftime_now": STARTED.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False,
                                              **clock)
     except TemplateError as error:

@@ -112,13 +112,13 @@ class GRPOConfig(TrainConfig):
         self.output = self.output or f"runs/{self.baseline}"
 
     def check(self):
+        self.without_critic(self.baseline)
         super().check()
         if self.baseline != "remax" and self.group_size < 2:
             raise InputError(f"--group-size {self.group_size}: the samples are compared; give 2 or more")
         if self.oversample:
             raise InputError(f"--oversample {self.oversample}: {self.baseline} compares the responses to a "
                              "prompt, so it must wait for all of them; leave it out")
-        self.tell_unused(self.OF_CRITICS, f"{self.baseline} has no critic")
         if self.baseline == "remax":
             self.tell_unused(("group_size",), "remax has one response per prompt")
         if self.baseline != "grpo":

@@ -209,17 +209,23 @@ class Verifier:
             worker = worker or self._start()
             worker.stdin.write(json.dumps(request) + "\n")
             worker.stdin.flush()
-            # A reward may have stopped the timers that should end it.
-            if not select.select([worker.stdout], [], [], 2 * PATIENCE * self.timeout + GRACE)[0]:
+            replied = select.poll()
+            replied.register(worker.stdout, select.POLLIN)
+            if not replied.poll(1000 * (2 * PATIENCE * self.timeout + GRACE)):
+                verdict = "timeout"  # the reward has stopped the timers that should end it
                 worker.send_signal(signal.SIGUSR1)
-                verdict = "timeout"
+                worker.wait()
+                raise OSError
             verdict = json.loads(worker.stdout.readline())
             if request[0] == "reward" and verdict not in ("timeout", "crash"):
                 worker.stdout.readline()  # that its child has ended
             broken = verdict == "crash"
         if worker and broken:
             worker.kill()
-            worker.communicate()  # closes its pipes, so that its child ends too
+            for pipe in (worker.stdin, worker.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # so that its child ends too
+            worker.wait()
         self._idle.put(None if broken else worker)  # the next comparison starts another
         if isinstance(verdict, float):
             return verdict
@@ -254,6 +260,7 @@ def _load(reward, source):
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours,
     for ours in (__name__, "equality", "notation"):
         sys.modules.pop(ours, None)  # also one of the same name as a file of ours
+    path = os.path.abspath(path)
     module = sys.modules["reward_of_ones_own"] = types.ModuleType("reward_of_ones_own")
     module.__file__ = path
     exec(compile(source.encode("latin-1"), path, "exec", dont_inherit=True), module.__dict__)

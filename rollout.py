@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from cli import InputError
-from data import Problem, render
+from cli import InputError, say
+from data import BOXED_SUFFIX, Problem, render
 from engines import Response
 from reward import Verifier, decode
 
@@ -57,6 +57,9 @@ def make_verifier(c):
     try:
         if c.reward:
             verifier.check()
+        if c.reward and c.suffix == BOXED_SUFFIX:
+            say("Each prompt asks for an answer in \\boxed{}. If your --reward expects another form, give a "
+                "--suffix that asks for it, or --suffix '' for none.")
     except ValueError as error:
         raise InputError(str(error)) from None
     return verifier

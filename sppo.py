@@ -433,8 +433,8 @@ def begin(run, baseline):
     earlier = c.output if step else run_of(c.model)  # a run that trained this policy
     seen = from_rank_0(lambda: data.trained_on(earlier, run.held_out, c, before=not step)) if earlier else 0
     if seen:
-        about = (f"{earlier}: has trained on {seen} of the {len(run.held_out)} problems that would be held "
-                 "out now; give the --seed, --eval-problems and --max-prompt-tokens that it had")
+        about = (f"{earlier} or a run before it has trained on {seen} of the {len(run.held_out)} problems to "
+                 "be held out now; give the --seed and --eval-problems that it had (and the same code)")
         if step:
             raise InputError(about)
         say(f"warning: {about}, or accuracy will be too high")

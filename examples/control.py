@@ -203,7 +203,8 @@ class PPO:
 
 
 class BatchMean:
-    """The simplest baseline: the mean R of the batch. Nothing in it learns."""
+    """The simplest baseline: the mean R of the batch. Nothing in it learns. So a policy that once fails in a
+    whole batch stays as it is, because then all advantages are 0. (SPPO's V would still be above 0.)"""
 
     def __init__(self, task):
         self.critic = nn.Identity()  # no parameters, so that `train` needs no special case

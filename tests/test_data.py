@@ -230,7 +230,7 @@ def test_a_small_dataset_says_what_it_is_too_small_for(tmp_path, capsys):
     config = types.SimpleNamespace(dataset=file, critic_model=None, max_prompt_tokens=64, prompt_field=None, answer_field=None, suffix="", answer="any",
                              reward=None, eval_problems=8, eval_every=1, seed=0, prompts_per_step=4)
     training_problems(config, load_tokenizer(BUILTIN_MODEL))
-    assert capsys.readouterr().out == f"{file}: has too few problems to hold any out, so no accuracy will be measured\n"
+    assert capsys.readouterr().out == f"{file}: has too few problems that fit to hold any out, so no accuracy will be measured\n"
     config.eval_every, config.prompts_per_step = 0, 8
     training_problems(config, load_tokenizer(BUILTIN_MODEL))
     assert capsys.readouterr().out == (f"{file}: has 4 problems to train on, so each step of --prompts-per-step 8 has some "

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import time
 
@@ -79,6 +80,8 @@ def test_it_may_import_a_neighbour_called_reward_and_have_data_classes(tmp_path)
 import pickle
 from dataclasses import dataclass
 from reward import share
+import os
+assert os.path.isabs(__file__)  # it may read a file beside it
 
 @dataclass
 class Verdict:
@@ -90,6 +93,23 @@ def half(response, answer):
     verifier = Verifier(1, reward=f"{tmp_path}/own.py:half")
     assert verifier.score(["12345"], [""]) == [0.5] and not verifier.errors
     verifier.close()
+
+
+def test_many_open_files_change_nothing(module):
+    """`select` takes none above the 1,024th."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most[1], most[1]))
+    if 0 < most[1] < 1200:
+        pytest.skip("this machine allows too few")
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        verifier = Verifier(1, reward=f"{module}:half")
+        assert verifier.score(["5!"], ["5"]) == [1.0]
+        verifier.close()
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 def test_it_may_stop_the_timers_but_is_not_waited_for(tmp_path, monkeypatch):

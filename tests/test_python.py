@@ -87,6 +87,6 @@ def test_train_can_be_called_again_whatever_happened(tmp_path):
     assert "raised InputError in the middle of a run" in done.stdout and "raised KeyboardInterrupt" in done.stdout
     assert f"Curves: {tmp_path}/Fails/curves.png" in done.stdout
     before, after = done.stdout.split("now another seed")
-    of_20 = r"/more: has trained on \d+ of the 20 problems that would be held out now; give the --seed"
+    of_20 = r"/more or a run before it has trained on \d+ of the 20 problems to be held out now; give the --seed"
     assert re.search("resumed: .*" + of_20, before) and not re.search("warning: .*" + of_20, before)
     assert re.search("warning: .*" + of_20, after)

@@ -148,7 +148,7 @@ def broken_model(folder, **changes):
     ("vocabulary", "tokenizer has 265 tokens and its weights only 200"),
     ("context", "reads at most 512 tokens"),
     ("empty", "has no problems"),
-    ("prompts", "every prompt is longer than --max-prompt-tokens"),
+    ("prompts", "every prompt to train on is longer than --max-prompt-tokens"),
     ("gold", "row 2: the answer '\\\\frac{' cannot be read as mathematics"),
     ("absent", "no such file"),
     ("oversample", "--oversample 1.0: also give --old-logprobs rollout"),
