@@ -1,12 +1,14 @@
 """examples/control.py and its experiments, on trajectories of a few steps."""
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from tools import control as experiments
 
@@ -149,5 +151,21 @@ def test_experiments_go_on_after_the_last_run_that_ended(short, monkeypatch, cap
 
 def test_the_table_has_the_end_of_each_run(short):
     runs = [dict(task="CartPole", method="SPPO", setting="", seed=seed, trajectories=8,
-                 success=[0.25] * 18 + [end, end]) for seed, end in enumerate((0.5, 1.0))]
+                 success=[0.25] * 18 + [end, end], cpu_seconds=900) for seed, end in enumerate((0.5, 1.0))]
     assert "| CartPole | 160 | 2 | 0.25 | 0.75 [0.50, 1.00] |" in experiments.table(runs)
+    assert "2 runs, 0.5 hours" in experiments.table(runs)
+
+
+def test_the_results_page_says_of_the_control_tasks_what_the_planned_runs_did():
+    runs = json.loads((ROOT / "results/control.json").read_text())
+    planned = {(name, method, setting, seed, updates) for name, updates, seeds, settings, methods in experiments.PLAN
+               for seed in seeds for setting in settings for method in methods}
+    assert sorted(planned) == sorted((r["task"], r["method"], r["setting"], r["seed"], len(r["success"])) for r in runs)
+    table = experiments.table(runs)
+    assert (ROOT / "results/control.md").read_text() == table
+    page = (ROOT / "results/README.md").read_text().split("## Control tasks")[1].split("\n## ")[0]
+    third = {f"{np.mean([r['success'][60:90] for r in runs if (r['task'], r['method']) == ('Hopper', method)]):.2f}"
+             for method in ("SPPO", "PPO")}
+    assert {*re.findall(r"\d\.\d\d", page)} <= {*re.findall(r"\d\.\d\d", table)} | third
+    hours, = re.findall(r"[\d.]+ hours", page)
+    assert hours in table and f"{hours} of a core" in experiments.__doc__

@@ -91,7 +91,9 @@ def of_control(runs):
             shortest, theirs = (min(run["trajectories"] * len(run["success"]) for run in seeds)
                                 for seeds in (sppo, ppo))
             ppo_text = f", PPO {statistics.mean(others):.2f}" if theirs >= shortest else ""
-            here = f"SPPO {end:.2f}{ppo_text} (seeds: {len(sppo)})"
+            means = [final(run) for run in some if run["method"] == "batch mean"]
+            mean_text = f", batch mean {statistics.mean(means):.2f}" if len(means) == len(sppo) else ""
+            here = f"SPPO {end:.2f}{ppo_text}{mean_text} (seeds: {len(sppo)})"
             if end >= SOLVED:
                 fails = max(others) < 0.2 if ppo_does == "fails" else min(others) < SOLVED
                 verdict = "yes" if fails or not ppo_does else "partly"
