@@ -35,6 +35,13 @@ def test_every_picture_is_drawn_and_small(lesson):
                 assert image.std() > 0.05 and image[0, 0].tolist() == [1, 1, 1, 1]  # not blank, on opaque white
 
 
+def test_of_another_model_only_what_v_knows_is_drawn(tmp_path):
+    """SmolLM2's, as it is committed."""
+    (tmp_path / "lesson.json").write_text((ROOT / "results/smollm2/lesson.json").read_text())
+    main(["--redraw", "--output", str(tmp_path)])
+    assert {file.name for file in tmp_path.iterdir()} == {"lesson.json", "critic.png", "critic.svg"}
+
+
 @pytest.mark.xdist_group("lesson")
 def test_advantages_of_one_batch(lesson):
     groups = lesson[1]["groups"]

@@ -6,7 +6,8 @@
 
 The run is SPPO's. PPO's critic and SPO's tracker learn from the same responses, but change nothing. So in
 the end one batch can be shown with the advantages of all algorithms, each with a baseline that was trained.
-All pictures show the first seed. The others tell how well V knows the prompts (arXiv 2604.08865, figure 7).
+All pictures show the first seed. The others, and runs of another model, tell only how well V knows the
+prompts (arXiv 2604.08865, figure 7).
 After a kill, the same command continues with the seeds that had not ended; their runs are in runs/lesson.
 """
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import CommandLine, InputError, clear_errors, option, say
+from cli import BUILTIN_MODEL, CommandLine, InputError, clear_errors, option, say
 from data import BOXED_SUFFIX
 from grpo import group_advantages, remax_advantages, rloo_advantages
 from ppo import PPO, PPOConfig
@@ -47,30 +48,19 @@ class RunConfig(PPOConfig):
 
 # ---- the run -----------------------------------------------------------------------------------------------
 
-class Together(SPPO):
-    """SPPO trains the policy. PPO's critic and SPO's tracker look on, and learn from the same batches.
+class Measured(SPPO):
+    """SPPO, which compares V with the chance of success after the first step, half of them, and the last.
     `measured` becomes a part of lesson.json."""
 
     def __init__(self, run, responses):
         super().__init__(run)
-        self.responses = responses
-        self.ppo, self.spo, self.step, self.measured = PPO(run), SPO(run), 0, {"critic": []}
+        self.responses, self.step, self.measured = responses, 0, {"critic": []}
         end_step = run.clock.end_step
 
         def ended():  # between two steps the engine is awake
             end_step()
             self.after_step()
         run.clock.end_step = ended
-
-    def advantages(self, batch):
-        self.ppo.advantages(batch)
-        self.spo.advantages(batch)
-        return super().advantages(batch)
-
-    def update(self, batch):
-        self.ppo.update(batch)
-        self.spo.update(batch)
-        return super().update(batch)
 
     def after_step(self):
         self.step += 1
@@ -83,11 +73,32 @@ class Together(SPPO):
                 "step": self.step, "r": correlation(value, share),
                 "rho": correlation(ranks(value), ranks(share)),
                 "share": rounded(share), "value": rounded(value)})
-        if self.step == (steps + 1) // 2:
-            self.measured["groups"] = {"step": self.step, **self.praise()}
 
     def logits_of(self, problems):
         return self.critic.logits(self.critic.encode(problems))
+
+
+class Together(Measured):
+    """SPPO trains the policy. PPO's critic and SPO's tracker look on, and learn from the same batches."""
+
+    def __init__(self, run, responses):
+        super().__init__(run, responses)
+        self.ppo, self.spo = PPO(run), SPO(run)
+
+    def advantages(self, batch):
+        self.ppo.advantages(batch)
+        self.spo.advantages(batch)
+        return super().advantages(batch)
+
+    def update(self, batch):
+        self.ppo.update(batch)
+        self.spo.update(batch)
+        return super().update(batch)
+
+    def after_step(self):
+        super().after_step()
+        if self.step == (self.run.config.steps + 1) // 2:
+            self.measured["groups"] = {"step": self.step, **self.praise()}
 
     def praise(self):
         """One batch, and the advantage that each algorithm gives. Of it, a group whose rewards differ, and
@@ -153,7 +164,8 @@ def one_run(seed, responses, extra):
         return kept["measured"]
     shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
     Path(config.output, "metrics.jsonl").unlink(missing_ok=True)
-    train(config, lambda run: baselines.append(Together(run, responses)) or baselines[0])
+    kind = Together if seed == 0 and config.model == BUILTIN_MODEL else Measured
+    train(config, lambda run: baselines.append(kind(run, responses)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")
     file.write_text(json.dumps({**options, "measured": baselines[0].measured}))
@@ -177,8 +189,8 @@ def draw(data, folder):
                          "xtick.labelsize": 8, "ytick.labelsize": 8,
                          # One font each, since an SVG repeats the list for each text.
                          "font.sans-serif": ["DejaVu Sans"], "font.monospace": ["DejaVu Sans Mono"]})
-    save(plt, {"praise": draw_praise(plt, data["groups"]),
-               "critic": draw_critic(plt, data["critic"], data["measured_with"])}, folder)
+    praise = {"praise": draw_praise(plt, data["groups"])} if "groups" in data else {}
+    save(plt, {**praise, "critic": draw_critic(plt, data["critic"], data["measured_with"])}, folder)
 
 
 def draw_praise(plt, groups):
