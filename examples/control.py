@@ -1,11 +1,11 @@
 """SPPO without a language model: control tasks with one binary reward (arXiv 2604.08865, section 5.3).
 
-    python examples/control.py        CartPole learns to end upright, in one to three minutes
+    python examples/control.py        CartPole learns to end upright: 85 % in one to three minutes
     python examples/control.py --task MountainCar --method PPO --updates 15    another task, another baseline
 
 SPPO treats a response as one action, and nothing in that needs language. Here a trajectory takes the place
 of the response, its initial state s_0 that of the prompt, and a step that of a token. A critic, which sees
-s_0 alone, predicts V, the chance that the trajectory will succeed (R = 1) and not fail (R = 0):
+s_0 alone, predicts V, the chance that the trajectory will succeed (R = 1; else R = 0):
 
     A = R - V(s_0)                                         the same for each step of the trajectory
     r_t = pi(a_t | s_t) / pi_old(a_t | s_t)
@@ -56,10 +56,11 @@ tensor = partial(torch.as_tensor, dtype=torch.float32)
 # D' in an action.
 
 class SPPO:
-    """A baseline, which is subtracted from R. The methods differ in this class alone (PPO's also whitens),
-    and `train` is the same for all. Here it is V(s_0) = sigmoid(logit), and the critic gives the logit. V
-    begins near 1/2, because an untrained logit is near 0. (sppo.py's V begins at the mean R of the first
-    batch.)"""
+    """A baseline, which is subtracted from R. Each method is one class like this, with a `critic`,
+    `advantages` and `loss`, and `train` is the same for all. Here the baseline is V(s_0) = sigmoid(logit),
+    and the critic gives the logit. V begins near 1/2, because an untrained logit is near 0. (sppo.py's V
+    begins at the mean R of the first batch.) Where all s_0 are alike, as in CartPole, V is little more than a
+    running mean of R over past batches."""
 
     def __init__(self, task):
         self.critic = Network(task.scale, 1)
@@ -121,8 +122,8 @@ def sample(task, envs, policy):
         state, reward, terminated, truncated, _ = envs.step(policy.to_env(action))
         steps.append((state, action, reward, running))
         ended |= running & terminated  # by the environment, and not by the time limit (truncated)
-        # An environment that is done starts over by itself, on its next step. So the state after the last
-        # step is still the trajectory's. The mask leaves out what comes from there on.
+        # Gymnasium resets a finished environment only at its next step. So the state after the last step is
+        # still the trajectory's. The mask leaves out what comes from there on.
         running = running & ~(terminated | truncated)
     states, actions, rewards, mask = zip(*steps, strict=True)
     states = np.stack((first, *states), 1)  # [B, T + 1, D]: with the state after the last step
@@ -203,8 +204,8 @@ class PPO:
 
 
 class BatchMean:
-    """The simplest baseline: the mean R of the batch. Nothing in it learns. So a policy that once fails in a
-    whole batch stays as it is, because then all advantages are 0. (SPPO's V would still be above 0.)"""
+    """The simplest baseline: the mean R of the same batch. A batch that fails as a whole teaches nothing,
+    because all its advantages are 0. (SPPO's V would be above 0, so it blames each failure.)"""
 
     def __init__(self, task):
         self.critic = nn.Identity()  # no parameters, so that `train` needs no special case
@@ -216,7 +217,8 @@ class BatchMean:
         return 0
 
 
-# SPPO does not whiten. So "PPO, not whitened" tells what the critic changes: what it sees, how it is fitted.
+# SPPO does not whiten. So "PPO, not whitened" differs from it by the critic alone: what it sees, and how it
+# is fitted.
 METHODS = {"SPPO": SPPO, "PPO": PPO, "PPO, not whitened": partial(PPO, whitened=False),
            "batch mean": BatchMean}
 
@@ -303,7 +305,7 @@ TASKS = {
 
 def train_expert(task, seed, updates=1000):
     """PPO on the dense reward, until enough trajectories of the last five batches also succeed, or `updates`
-    are over."""
+    are over. It need not be good, since it only has to give the clone some successes."""
     print("Training the expert ...", flush=True)
     torch.manual_seed(seed)
     policy = Policy(task)
@@ -336,8 +338,8 @@ def clone(task, expert, seed, target):
         step(optimizer, -policy(states).log_prob(actions).mean())
     else:
         raise SystemExit(f"The clone of seed {seed} never gets to {target:.0%}: give another --seed")
-    print(f"The clone took {steps} steps on {shown.success.sum():.0f} of the expert's trajectories, and "
-          f"succeeds in {success:.0%} of its own.", flush=True)
+    print(f"The clone took {steps} steps on {shown.success.sum():.0f} successes of the expert's "
+          f"{DEMONSTRATIONS} trajectories, and succeeds in {success:.0%} of its own.", flush=True)
     return policy
 
 
@@ -369,7 +371,7 @@ def main():
     parser.add_argument("--method", choices=METHODS, default="SPPO", metavar="METHOD",
                         help=" or ".join(map(repr, METHODS)) + " [SPPO]")
     parser.add_argument("--updates", type=int, default=100,
-                        help="each of 64 trajectories in CartPole, and of 8 or 16 elsewhere [100]")
+                        help="how many; each has 64 trajectories in CartPole, and 8 or 16 elsewhere [100]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     args = parser.parse_args()
     if args.updates < 1 or args.seed < 0:
@@ -378,17 +380,22 @@ def main():
     task, policy = TASKS[args.task], start(args.task, args.seed)
 
     def show(curve):
-        if len(curve) % 5 == 0:
-            mean = sum(curve[-5:]) / 5
+        if len(curve) % 5 == 0 or len(curve) == args.updates:
+            mean = np.mean(curve[-5:])
             print(f"{len(curve) * task.batch:7,} trajectories: {mean:4.0%} succeed ", "#" * round(50 * mean),
                   flush=True)
 
+    print(f"{args.method} on {args.task}, from the clone. Each line is the mean of five updates.", flush=True)
     curve = train(task, policy, METHODS[args.method], args.updates, args.seed, after_update=show)
     import matplotlib.pyplot as plt
-    plt.plot([task.batch * (i + 1) for i in range(len(curve))], curve)
-    plt.gca().set(title=f"{args.method} on {args.task}", xlabel="trajectories", ylabel="share of successes")
-    file = Path("runs", "control", f"{args.task}-{args.method}-{args.seed}.png")
-    plt.savefig(ROOT / file)
+    done = [task.batch * (i + 1) for i in range(len(curve))]
+    plt.plot(done, curve, color="#9ecae1", label="an update")
+    plt.plot(done, [np.mean(curve[max(0, i - 4) : i + 1]) for i in range(len(curve))], label="mean of five")
+    plt.gca().set(title=f"{args.method} on {args.task}, from the clone", xlabel="trajectories",
+                  ylabel="share of successes", ylim=(0, 1.02))
+    plt.legend()
+    file = ROOT / "runs" / "control" / f"{args.task}-{args.method}-{args.seed}.png"
+    plt.savefig(file)
     print(f"The curve is in {file}.")
 
 

@@ -165,7 +165,7 @@ def test_the_results_page_says_of_the_control_tasks_what_the_planned_runs_did():
     assert (ROOT / "results/control.md").read_text() == table
     page = (ROOT / "results/README.md").read_text().split("## Control tasks")[1].split("\n## ")[0]
     third = {f"{np.mean([r['success'][60:90] for r in runs if (r['task'], r['method']) == ('Hopper', method)]):.2f}"
-             for method in ("SPPO", "PPO")}
+             for method in ("SPPO", "PPO", "PPO, not whitened")}
     assert {*re.findall(r"\d\.\d\d", page)} <= {*re.findall(r"\d\.\d\d", table)} | third
     hours, = re.findall(r"[\d.]+ hours", page)
     assert hours in table and f"{hours} of a core" in experiments.__doc__
