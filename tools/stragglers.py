@@ -31,7 +31,7 @@ from tools.race_results import pyplot, save
 DRAWS = 4000
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SETTINGS = {"waiting for all": [], "oversampling": ["--oversample", 1.5]}  # name: options
-RUNS = {"speed": (3, 10, 0), "learning": (1, 40, 1.5e-4)}  # seeds, steps, learning rate
+RUNS = {"speed": (3, 10, 0), "learning": (3, 40, 1.5e-4)}  # seeds, steps, learning rate
 PROMPTS = 64  # per step
 
 
@@ -147,7 +147,7 @@ def train(runs="runs/stragglers"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="eight runs on two ranks: 25 minutes")
+    parser.add_argument("--train", action="store_true", help="twelve runs on two ranks: half an hour")
     file, given = RESULTS / "stragglers.json", parser.parse_args()
     results = json.loads(file.read_text()) if file.exists() else {}
     if given.train:
