@@ -18,7 +18,7 @@ test: install  ## linter and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
-race: install  ## every algorithm at the papers' batch, and the figures: an hour on two cores
+race: install  ## every algorithm at the papers' batch, and the figures: about an hour on two cores
 	$(BIN)/python -m tools.race --jobs 2
 
 race-batches: install  ## what a baseline buys, by the prompts per step: about five hours of runs

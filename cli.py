@@ -228,7 +228,6 @@ class CommandLine:
         if self.brought:
             say(f"{run_of(self.model)}: was trained with {self.brought}: these are the defaults here")
 
-
     def tell_unused(self, names, why):
         """Says which of these options, that change nothing here, have another value than the usual one."""
         for name in names:

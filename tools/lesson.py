@@ -164,7 +164,8 @@ def one_run(seed, responses, extra):
         return kept["measured"]
     shutil.rmtree(Path(config.output, "model"), ignore_errors=True)  # of an earlier lesson
     Path(config.output, "metrics.jsonl").unlink(missing_ok=True)
-    kind = Together if seed == 0 and config.model == BUILTIN_MODEL else Measured
+    builtin = Path(config.model).resolve() == Path(BUILTIN_MODEL)
+    kind = Together if seed == 0 and builtin else Measured
     train(config, lambda run: baselines.append(kind(run, responses)) or baselines[0])
     if baselines[0].step < config.steps:
         raise InputError("the run was stopped before its last step, so nothing can be drawn; run it again")

@@ -147,7 +147,8 @@ def train(runs="runs/stragglers"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="twelve runs on two ranks: half an hour")
+    parser.add_argument("--train", action="store_true",
+                        help="twelve runs on two ranks; those that learn take 25 minutes")
     file, given = RESULTS / "stragglers.json", parser.parse_args()
     results = json.loads(file.read_text()) if file.exists() else {}
     if given.train:
